@@ -1,0 +1,148 @@
+"""The optimizer hook: a penalty's gradient added inside the step of any torch optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchreg import kernels
+from torchreg.penalties import from_dict
+from torchreg.penalties.base import host_scalar
+
+if TYPE_CHECKING:
+    from torchreg.regularizer import Regularizer
+
+_attached: weakref.WeakKeyDictionary[Optimizer, list[PenaltyHandle]] = weakref.WeakKeyDictionary()
+
+
+class PenaltyHandle:
+    """What `Regularizer.attach` returns: removes the hook, and saves and loads its strength scale.
+
+    Before each step the gradients are replaced by their sum with the penalty's, and put back after it. Attaching
+    to the step rather than to the backward pass makes the strength independent of gradient accumulation, clipping
+    and loss scaling: a fused optimizer that unscales by itself has its scale multiplied in.
+    """
+
+    def __init__(self, regularizer: Regularizer, optimizer: Optimizer) -> None:
+        optimizer = _unwrapped(optimizer)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if getattr(optimizer, "applies_penalties", False):
+            raise ValueError(
+                f"{type(optimizer).__name__} applies penalties itself: build it from reg.param_groups() "
+                "instead of attaching, or attach to a plain torch optimizer."
+            )
+        if any(handle.regularizer is regularizer for handle in _attached.get(optimizer, [])):
+            raise ValueError("This regularizer is attached to this optimizer already; remove() the first handle before attaching again.")
+        if not any(a.penalty is not None and id(a.parameter) in held for a in regularizer.assignments):
+            raise ValueError("The optimizer holds none of the regularizer's penalised parameters.")
+        self.regularizer = regularizer
+        self._optimizer = weakref.ref(optimizer)
+        self._data_grads: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
+        _attached.setdefault(optimizer, []).append(self)
+
+    def remove(self) -> None:
+        """Detach from the optimizer. Calling it twice does no harm."""
+        self._restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        optimizer = self._optimizer()
+        if optimizer is not None and self in _attached.get(optimizer, []):
+            _attached[optimizer].remove(self)
+
+    def __enter__(self) -> PenaltyHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The strength scale and every parameter's penalty: numbers, strings and tensors only."""
+        penalties = {a.name: a.penalty.to_dict() for a in self.regularizer.assignments if a.penalty is not None}
+        return {"strength_scale": self.regularizer.strength_scale.detach().clone(), "penalties": penalties}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the saved strength scale and penalties, as an optimizer takes over its learning rate.
+
+        Raises:
+            ValueError: if the saved penalties are for other parameters or shapes; then nothing is changed.
+        """
+        mine = {a.name: a for a in self.regularizer.assignments if a.penalty is not None}
+        if not isinstance(state, dict) or set(state) != {"strength_scale", "penalties"}:
+            raise ValueError("Expected the state of a PenaltyHandle, with the keys 'strength_scale' and 'penalties'.")
+        saved = {name: from_dict(data) for name, data in state["penalties"].items()}
+        if set(saved) != set(mine):
+            raise ValueError(f"The saved penalties are for other parameters: {sorted(set(saved) ^ set(mine))} are only on one side.")
+        for name, penalty in saved.items():
+            penalty.check_shape(mine[name].parameter.shape)
+        for name, penalty in saved.items():
+            mine[name].penalty = penalty
+        self.regularizer.strength_scale.copy_(torch.as_tensor(state["strength_scale"]))
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._restore()  # a step that raised has left its sums behind
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._add(optimizer)
+            return None
+        wrapped = self._with_penalty(optimizer, closure)
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._restore()
+
+    def _with_penalty(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def objective() -> Any:
+            self._restore()
+            loss = closure()
+            self._add(optimizer)
+            if loss is None:
+                return None
+            sign = -1 if any(group.get("maximize", False) for group in optimizer.param_groups) else 1
+            with torch.no_grad():
+                return loss + sign * self.regularizer().to(getattr(loss, "device", "cpu"))
+
+        return objective
+
+    @torch.no_grad()
+    def _add(self, optimizer: Optimizer) -> None:
+        penalties = {id(p): (name, penalty) for name, p, penalty in self.regularizer.penalized()}
+        grad_scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when the step itself unscales
+        scale = host_scalar(self.regularizer.strength_scale)
+        for group in optimizer.param_groups:
+            chosen = [p for p in group["params"] if p.grad is not None and id(p) in penalties]
+            if not chosen:
+                continue
+            for p in chosen:
+                if p.grad.layout != torch.strided:
+                    raise TypeError(f"Parameter {penalties[id(p)][0]!r} has a sparse gradient; penalties need dense ones.")
+            factor = -scale if group.get("maximize", False) else scale
+            if grad_scale is not None:
+                factor = grad_scale * (factor.to(grad_scale.device) if isinstance(factor, Tensor) else factor)
+            sums = kernels.added_gradients([penalties[id(p)][1] for p in chosen], chosen, [p.grad for p in chosen], factor)
+            for p, total in zip(chosen, sums, strict=True):
+                self._data_grads.append((p, p.grad, total))
+                p.grad = total
+
+    def _restore(self) -> None:
+        for p, grad, total in self._data_grads:
+            if p.grad is total:  # else a closure or the user has put another one there
+                p.grad = grad
+        self._data_grads.clear()
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside wrappers such as Accelerate's, whose own ``step`` runs no hooks."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"Expected `optimizer` to be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    return optimizer

@@ -1,0 +1,286 @@
+"""Proximal stochastic gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
+
+from torchreg import kernels
+from torchreg.kernels.reference import HALF
+from torchreg.optim.gain import sgd_momentum_gain
+from torchreg.optim.groups import (
+    adopt_penalties,
+    check_keys,
+    check_penalized_params,
+    check_state_shapes,
+    checked_penalty,
+    checked_scale,
+    packed,
+)
+from torchreg.penalties import Penalty
+from torchreg.penalties.base import host_scalar
+
+
+class ProxSGD(Optimizer):
+    r"""Stochastic gradient descent with momentum whose steps end in the penalty's proximal operator.
+
+    Minimises f(w) + s·R(w), and leaves *exact* zeros where R asks for them (L1, Elastic Net):
+
+    .. math::
+        m &\leftarrow \mu m + (1-d)\,g \quad\text{(first step: } m = g\text{)} \\
+        u &\leftarrow g + \mu m \text{ if nesterov, else } m \\
+        w &\leftarrow \operatorname{prox}_{\tau R}(w - \gamma u), \qquad \tau = \gamma \, G \, s
+
+    with the learning rate γ, the strength scale s and the momentum's gain on a constant gradient G = (1−d)/(1−μ)
+    (1 + μ(1−d)/(1−μ) with Nesterov, 1 without momentum). Coupled weight decay is added to g, as in torch.
+
+    This differs from torch.optim.SGD in:
+
+    1. a group may hold ``penalty`` and ``strength_scale``; with neither it is the same, bit for bit in float64;
+    2. momentum buffers start as zeros, and ``p.grad`` is never modified (torch's foreach Nesterov does);
+    3. half-precision weights with a penalty are updated in float32 and rounded once, stochastically by default, so
+       that shrinkage below half an ulp acts on average;
+    4. sparse gradients and unknown group keys are refused;
+    5. ``momentum`` must be below 1 where there is a penalty.
+
+    It differs from most proximal SGD in thresholding by γ·G·λ instead of γ·λ: without G the problem solved is the
+    one with λ/G, at μ = 0.9 ten times too weak.
+
+    Args:
+        params: parameters, named parameters or param groups; see `Regularizer.param_groups`.
+        lr: γ, the learning rate: a float or a one-element tensor.
+        momentum: μ.
+        dampening: d.
+        weight_decay: coupled L2, ½·weight_decay·‖w‖².
+        nesterov: use Nesterov momentum (needs μ > 0 and d = 0).
+        penalty: R for the groups that name none; None is none.
+        strength_scale: s, a float or 0-d tensor that a schedule may move.
+        maximize: ascend f instead of descending. The penalty still shrinks.
+        foreach: use multi-tensor operations; None chooses (yes on accelerators).
+        differentiable: let autograd record the step.
+        capturable: never read a tensor on the host, so that CUDA graphs can capture the step.
+        fused: None or False. There is no fused implementation in this version: True is refused.
+        stochastic_rounding: how half-precision weights with a penalty are rounded; False rounds to nearest.
+
+    A step with ``found_inf`` set changes nothing. ``state_dict()`` holds numbers, strings and tensors only, penalties
+    included, and loads with ``torch.load(weights_only=True)``; as with lr, a loaded penalty replaces the current one,
+    and one that the checkpoint lacks (from ``torch.optim.SGD``) leaves it.
+
+    Raises:
+        ValueError: if a hyperparameter is out of range, a group has an unknown key or lists a penalised parameter
+            twice, or a loaded state has other shapes (nothing is changed then).
+        TypeError: if a penalty is no `Penalty`, or a gradient is sparse (no weight is changed then).
+
+    >>> import torch, torchreg
+    >>> w = torch.nn.Parameter(torch.tensor([2.0, 0.1]))
+    >>> opt = torchreg.ProxSGD([w], lr=0.5, penalty=torchreg.L1(1.0))
+    >>> w.grad = torch.tensor([1.0, 0.0])
+    >>> opt.step()
+    >>> w.data
+    tensor([1., 0.])
+
+    Source: Lions and Mercier, Splitting algorithms for the sum of two nonlinear operators, SIAM J. Numer. Anal., 1979;
+    momentum as in Sutskever et al., ICML 2013, in torch's form.
+    """
+
+    applies_penalties = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        penalty: Penalty | None = None,
+        strength_scale: float | Tensor = 1.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        capturable: bool = False,
+        fused: bool | None = None,
+        stochastic_rounding: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "penalty": penalty,
+            "strength_scale": strength_scale,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "capturable": capturable,
+            "fused": fused,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        _check_group(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Used by unpickling, deepcopy and load_state_dict alike; checks before it changes anything."""
+        groups, per_param = state["param_groups"], state["state"]
+        adopt_penalties(groups, self.__dict__.get("param_groups", []))
+        check_state_shapes(groups, per_param, ("momentum_buffer",))
+        for group in groups:
+            for key, default in _LATER_KEYS.items():
+                group.setdefault(key, default)
+            _check_group(group)
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see `torch.optim.Optimizer.add_param_group`. Unknown keys are refused."""
+        if isinstance(param_group, dict):
+            check_keys(param_group, self.defaults)
+            _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            check_penalized_params(self.param_groups[-1], index=len(self.param_groups) - 1)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as numbers, strings and tensors; penalties in their dict form."""
+        return packed(super().state_dict())
+
+    @staticmethod
+    def effective_step(group: Mapping[str, Any]) -> float | Tensor:
+        """τ = lr·G·strength_scale, the step of the proximal operator in this group (a weight's threshold is τ·λ)."""
+        if group["penalty"] is None:
+            return 0.0
+        gain = sgd_momentum_gain(group["momentum"], group["dampening"], group["nesterov"])
+        lr, scale = _number(group, "lr"), _number(group, "strength_scale")
+        if isinstance(lr, Tensor) and isinstance(scale, Tensor):
+            scale = scale.to(lr.device)
+        return lr * gain * scale
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Any = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        self._refuse_sparse_gradients()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
+        offset = 0
+        for group in self.param_groups:
+            tensors = self._init_group(group, offset)
+            offset += len(group["params"])
+            step = kernels.SGDStep(
+                lr=_read(_number(group, "lr"), group),
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                penalty=group["penalty"],
+                prox_step=self.effective_step(group),
+                stochastic_rounding=group["stochastic_rounding"],
+                differentiable=group["differentiable"],
+            )
+            kernels.prox_sgd(tensors, step, foreach=group["foreach"])
+        return loss
+
+    def _refuse_sparse_gradients(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
+                    raise TypeError(
+                        f"ProxSGD needs dense gradients, but the one of parameter {name} (shape {tuple(p.shape)}) is "
+                        f"{p.grad.layout}; build its embedding with sparse=False."
+                    )
+
+    def _init_group(self, group: dict[str, Any], offset: int) -> kernels.SGDTensors:
+        """Collect the parameters that have a gradient, and create their state where it is missing."""
+        tensors = kernels.SGDTensors()
+        grad_scale = getattr(self, "grad_scale", None)
+        for index, p in enumerate(group["params"], start=offset):
+            if p.grad is None:
+                continue
+            tensors.params.append(p)
+            tensors.grads.append(p.grad if grad_scale is None else p.grad / grad_scale.to(p.device))
+            if group["momentum"] != 0:
+                state = self.state[p]
+                tensors.first.append("momentum_buffer" not in state)
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                tensors.momentum_buffers.append(state["momentum_buffer"])
+            if group["penalty"] is not None and group["stochastic_rounding"]:
+                tensors.seeds.append(self._rounding_seed(p, index, group) if p.dtype in HALF else 0)
+        return tensors
+
+    def _rounding_seed(self, p: Tensor, index: int, group: Mapping[str, Any]) -> int | Tensor:
+        """A number that differs between steps and between parameters, and agrees between replicas."""
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
+        state["step"] += 1
+        step = state["step"].long() if group["capturable"] else int(state["step"])
+        return step * 0x9E3779B1 + index * 0x85EBCA77
+
+
+def _number(group: Mapping[str, Any], key: str) -> float | Tensor:
+    """A hyperparameter as a float, or as a 0-d tensor where the host may not read it."""
+    value = group[key]
+    if not isinstance(value, Tensor):
+        return value
+    value = value.reshape(())
+    return value if group["capturable"] else host_scalar(value)
+
+
+def _read(lr: float | Tensor, group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate as torch.optim.SGD uses it: a number, read from the device unless capturable."""
+    if not isinstance(lr, Tensor) or group["capturable"] or lr.requires_grad or torch.compiler.is_compiling():
+        return lr
+    return lr.item()
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Raise unless the hyperparameters make sense; the wording of the first five is torch.optim.SGD's."""
+    lr, momentum = group["lr"], group["momentum"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not momentum >= 0.0:
+        raise ValueError(f"Invalid momentum value: {momentum}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    if group["fused"]:
+        raise RuntimeError("`fused=True` asks for an implementation that ProxSGD does not have in this version.")
+    if group["foreach"] and group["differentiable"]:
+        raise RuntimeError("`foreach=True` records no gradients: use foreach=None or False with `differentiable`.")
+    if checked_penalty(group["penalty"]) is not None:
+        sgd_momentum_gain(momentum, group["dampening"], group["nesterov"])
+    checked_scale(group["strength_scale"])
+
+
+_LATER_KEYS: dict[str, Any] = {
+    "nesterov": False,
+    "maximize": False,
+    "foreach": None,
+    "differentiable": False,
+    "capturable": False,
+    "fused": None,
+    "stochastic_rounding": True,
+}

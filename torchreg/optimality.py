@@ -1,0 +1,147 @@
+"""How far from optimal the weights are, and from which strength on everything is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from torchreg.rules import Assignment
+
+if TYPE_CHECKING:
+    from torchreg.regularizer import Regularizer
+
+
+@torch.no_grad()
+def kkt_residual(reg: Regularizer, closure: Callable[[], Tensor] | None = None) -> Tensor:
+    """The largest violation of the optimality conditions of ``min f(w) + R(w)``, a 0-d tensor.
+
+    It is the largest distance, over all trainable parameters, from −∇f to the subdifferential of the penalty:
+    ``|∇f + λ·sign(w)|`` where w ≠ 0 and ``max(|∇f| − λ, 0)`` where w = 0 for L1, and ``|∇f|`` for what is left alone.
+    It has the unit of a gradient: compare it with the strength. Zero means a stationary point.
+
+    Args:
+        reg: the regularizer that states the problem.
+        closure: computes the data's loss f without the penalty. By default the gradients now in ``.grad`` are used:
+            after ``loss.backward()`` of the data's loss alone, unscaled. (The hook leaves them so; with the loss term
+            in the loss, or minibatches, pass a closure over all data.) ``.grad`` is left as it is.
+
+    Raises:
+        ValueError: if no parameter has a gradient.
+
+    >>> import torch, torchreg
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> reg = torchreg.Regularizer(model, torchreg.L1(0.5))
+    >>> torchreg.kkt_residual(reg, lambda: 0.75 * model(torch.ones(1, 1)).sum())
+    tensor(0.2500)
+    """
+    scale = reg.strength_scale
+    assignments = [a for a in reg.assignments if a.parameter.requires_grad]
+    grads = _gradients(reg.model, assignments, closure) if closure else [a.parameter.grad for a in assignments]
+    worst = []
+    for a, grad in zip(assignments, grads, strict=True):
+        if grad is None or grad.numel() == 0:
+            continue
+        if a.penalty is None:
+            residual = grad.abs()
+        else:
+            factor = scale if scale.device.type == "cpu" else scale.to(grad.device)
+            residual = a.penalty.scaled(factor).optimality_residual(a.parameter, grad)
+        worst.append(residual.max().to(torch.promote_types(residual.dtype, torch.float32)))
+    if not worst:
+        raise ValueError("No parameter has a gradient: call backward() on the data's loss first, or pass a closure.")
+    return torch.stack([w.to(worst[0]) for w in worst]).max()
+
+
+def strength_max(reg: Regularizer, closure: Callable[[], Tensor], *, per_parameter: bool = False) -> float | dict[str, float]:
+    """The smallest strength at which all penalised weights stay zero: strengths are worth trying below it.
+
+    The gradient of f is taken with the penalised weights at zero and everything else as it is; for L1 the result is
+    its largest modulus. It is in units of the penalty's strength (of l1 for Elastic Net), and infinite for L2. With
+    rules of different strengths it is the one that all of them would need.
+
+    In a network of several layers all-zero weights pass no gradient, so that the result is near zero and says little.
+    ``per_parameter=True`` zeroes one parameter at a time instead, the others staying as they are: at which strength
+    this layer would empty now.
+
+    Args:
+        reg: the regularizer; its strengths do not matter, except for tensor-valued ones, whose factor it gives.
+        closure: computes the data's loss f without the penalty, over all data. Weights, gradients and buffers are put
+            back afterwards, also when it raises.
+        per_parameter: return a dict from names to strengths.
+
+    Raises:
+        ValueError: if nothing is penalised, or the loss does not depend on the penalised parameters.
+
+    >>> import torch, torchreg
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> reg = torchreg.Regularizer(model, torchreg.L1(0.1))
+    >>> x, y = torch.eye(2), torch.tensor([[4.0], [1.0]])
+    >>> torchreg.strength_max(reg, lambda: 0.5 * torch.nn.functional.mse_loss(model(x), y))
+    2.0
+
+    Source: Friedman, Hastie and Tibshirani, Regularization paths for GLMs, JSS, 2010, section 2.5.
+    """
+    chosen = [a for a in reg.assignments if a.penalty is not None and a.parameter.requires_grad]
+    if not chosen:
+        raise ValueError("The regularizer penalises no trainable parameter.")
+    if per_parameter:
+        return {a.name: _strength_max(reg.model, [a], closure) for a in chosen}
+    return _strength_max(reg.model, chosen, closure)
+
+
+def _strength_max(model: nn.Module, chosen: list[Assignment], closure: Callable[[], Tensor]) -> float:
+    with _zeroed([a.parameter for a in chosen]):
+        grads = _gradients(model, chosen, closure)
+    largest = [
+        float(a.penalty.strength_max(grad))
+        for a, grad in zip(chosen, grads, strict=True)
+        if a.penalty is not None and grad is not None
+    ]
+    if not largest:
+        raise ValueError("The closure's loss does not depend on the penalised parameters.")
+    return max(largest)
+
+
+@contextmanager
+def _zeroed(parameters: list[nn.Parameter]) -> Iterator[None]:
+    saved = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters, saved, strict=True):
+                p.copy_(old)
+
+
+def _gradients(model: nn.Module, wanted: list[Assignment], closure: Callable[[], Tensor]) -> list[Tensor | None]:
+    """The gradients of the closure's loss, whether or not it calls backward itself; the model is left as it was."""
+    parameters = list(model.parameters())
+    saved_grads = [p.grad for p in parameters]
+    saved_buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        for p in parameters:
+            p.grad = None
+        with torch.enable_grad():
+            loss = closure()
+        targets = [a.parameter for a in wanted]
+        if any(p.grad is not None for p in targets):
+            return [p.grad for p in targets]
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError("Expected the closure to return the loss, a one-element tensor.")
+        if not loss.requires_grad:
+            return [None] * len(targets)
+        return list(torch.autograd.grad(loss.reshape(()), targets, allow_unused=True))
+    finally:
+        for p, grad in zip(parameters, saved_grads, strict=True):
+            p.grad = grad
+        with torch.no_grad():
+            for buffer, old in saved_buffers:
+                buffer.copy_(old)

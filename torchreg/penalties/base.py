@@ -1,0 +1,244 @@
+"""What a penalty is: value, gradient, proximal operator, optimality residual, plain-dict form."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+Strength = float | Tensor
+"""A non-negative float, a 0-d tensor, or a tensor that broadcasts to the weight."""
+
+Step = float | Tensor
+"""The step of a proximal operator: a non-negative float, a 0-d tensor, or one value per coordinate."""
+
+_HALF = (torch.float16, torch.bfloat16)
+_REGISTRY: dict[str, type[Penalty]] = {}
+
+P = TypeVar("P", bound="Penalty")
+
+
+def strength_field() -> Any:
+    """Declare a dataclass field as a strength: checked on creation, multiplied by `Penalty.scaled`."""
+    return dataclasses.field(metadata={"strength": True})
+
+
+def checked_strength(name: str, value: Any) -> Strength:
+    """Return ``value`` as a float or tensor, or raise an error that names ``name``."""
+    allowed = f"Expected `{name}` to be a non-negative float or tensor"
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{allowed} of a floating dtype, got a tensor of {value.dtype}.")
+        bad = ~(torch.isfinite(value) & (value >= 0))
+        if bool(bad.any()):
+            raise ValueError(f"{allowed}, got a tensor with the entry {value[bad].flatten()[0].item()}.")
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{allowed}, got {value!r}.")
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{allowed}, got {number}.")
+    return number
+
+
+def checked_weight(w: Tensor) -> Tensor:
+    """Return ``w`` if a penalty can be evaluated at it, or raise."""
+    if not isinstance(w, Tensor):
+        raise TypeError(f"Expected the weight to be a tensor, got {type(w).__name__}.")
+    if not (w.is_floating_point() or w.is_complex()):
+        raise TypeError(f"Expected the weight to be floating point or complex, got a tensor of {w.dtype}.")
+    if w.layout != torch.strided:
+        raise TypeError(f"Expected the weight to be dense (strided), got the layout {w.layout}.")
+    return w
+
+
+def checked_step(step: Step, w: Tensor) -> Step:
+    """Return ``step`` ready to compute with ``w`` (see `like`), or raise.
+
+    The values of a step tensor with more than one element are not read: that would stall a device.
+    """
+    if isinstance(step, Tensor) and not broadcasts(step.shape, w.shape):
+        raise ValueError(
+            f"Expected `step` to broadcast to the weight's shape {tuple(w.shape)}, got the shape {tuple(step.shape)}."
+        )
+    step = like(step, w)
+    if not isinstance(step, Tensor) and not (step >= 0 and math.isfinite(step)):
+        raise ValueError(f"Expected `step` to be a non-negative float or tensor, got {step}.")
+    return step
+
+
+def arithmetic(w: Tensor) -> Tensor:
+    """``w`` in the precision that penalties compute in: float32 for the half types, its own otherwise."""
+    return w.float() if w.dtype in _HALF else w
+
+
+def like(value: Strength | Step, w: Tensor) -> Strength | Step:
+    """A strength or step ready to compute with ``w``: a float, or a tensor of its device and (real) dtype.
+
+    A 0-d tensor on the CPU becomes a float, which costs nothing there and spares a copy to the device of ``w``.
+    """
+    value = host_scalar(value)
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=w.device, dtype=w.dtype.to_real() if w.is_complex() else w.dtype)
+
+
+def host_scalar(value: float | Tensor) -> float | Tensor:
+    """A float where reading it stalls no device, hides nothing from autograd and breaks no traced graph."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad:
+        return value if torch.compiler.is_compiling() else float(value)
+    return value
+
+
+def broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether a tensor of ``shape`` broadcasts to exactly ``target``."""
+    try:
+        return torch.broadcast_shapes(shape, target) == target
+    except RuntimeError:
+        return False
+
+
+class Penalty(ABC):
+    """A penalty R added to the objective: ``min f(w) + R(w)``.
+
+    Subclasses are frozen dataclasses whose strengths are declared with ``strength_field()``. They are immutable
+    values: they compare by content, and ``scaled`` returns a new one.
+
+    All methods take a weight of any shape, strides and floating or complex dtype. Half-precision weights are
+    computed in float32 and rounded once. Complex weights are penalised by their modulus.
+    """
+
+    type_name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.type_name = cls.__name__
+        if not cls.__name__.startswith("_"):
+            _REGISTRY[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for name in self.strength_names():
+            object.__setattr__(self, name, checked_strength(name, getattr(self, name)))
+
+    @abstractmethod
+    def value(self, w: Tensor) -> Tensor:
+        """R(w), a real 0-d tensor (float32 for half-precision weights)."""
+
+    @abstractmethod
+    def grad(self, w: Tensor) -> Tensor:
+        """The subgradient of R at ``w`` with the smallest norm, in the shape and dtype of ``w``."""
+
+    @abstractmethod
+    def prox(self, w: Tensor, step: Step = 1.0) -> Tensor:
+        """``argmin_v ½‖v − w‖² + step·R(v)``, a new tensor.
+
+        ``step`` is a non-negative number or a tensor that broadcasts to ``w`` (a diagonal metric).
+        """
+
+    @abstractmethod
+    def optimality_residual(self, w: Tensor, grad: Tensor) -> Tensor:
+        """The distance from ``−grad`` to the subdifferential of R at ``w``, per coordinate (real).
+
+        ``grad`` is the gradient of the data's loss f alone. All zeros means that ``w`` is stationary for f + R.
+        """
+
+    @abstractmethod
+    def strength_max(self, grad: Tensor) -> Tensor:
+        """The smallest strength at which w = 0 is optimal, a 0-d tensor, given the gradient of f at w = 0.
+
+        It is in units of the strength: ``type(self)(strength_max)``. For a tensor-valued strength t it is the
+        factor c of ``c·t``.
+        """
+
+    @torch.no_grad()
+    def prox_(self, w: Tensor, step: Step = 1.0) -> Tensor:
+        """Overwrite ``w`` with ``prox(w, step)`` and return it. Not recorded by autograd."""
+        return w.copy_(self.prox(w, step))
+
+    @classmethod
+    def strength_names(cls) -> tuple[str, ...]:
+        """The names of the fields that hold strengths."""
+        return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("strength"))  # type: ignore[arg-type]
+
+    def strengths(self) -> dict[str, Strength]:
+        """The strengths by name."""
+        return {name: getattr(self, name) for name in self.strength_names()}
+
+    def scaled(self: P, factor: float | Tensor) -> P:
+        """The penalty ``factor·R``."""
+        return self._with_strengths(lambda strength: strength * factor)
+
+    def to(self: P, device: torch.device | str) -> P:
+        """The same penalty with its tensor-valued strengths on ``device``."""
+        return self._with_strengths(lambda s: s.to(device) if isinstance(s, Tensor) and s.ndim else s)
+
+    def _with_strengths(self: P, change: Any) -> P:
+        new = copy.copy(self)
+        for name, strength in self.strengths().items():
+            object.__setattr__(new, name, change(strength))
+        return new
+
+    def check_shape(self, shape: torch.Size) -> None:
+        """Raise ``ValueError`` unless every strength broadcasts to a weight of this shape."""
+        for name, strength in self.strengths().items():
+            if isinstance(strength, Tensor) and not broadcasts(strength.shape, shape):
+                raise ValueError(
+                    f"Expected `{name}` of {self.type_name} to broadcast to the weight's shape {tuple(shape)}, "
+                    f"got a tensor of shape {tuple(strength.shape)}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings and tensors only: safe for ``torch.load(weights_only=True)``."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"type": self.type_name, **{k: v.detach() if isinstance(v, Tensor) else v for k, v in fields.items()}}
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        mine, theirs = self.to_dict(), other.to_dict()  # type: ignore[attr-defined]
+        return all(_same(mine[k], theirs[k]) for k in mine)
+
+    def __hash__(self) -> int:
+        plain = (tuple(v.shape) if isinstance(v, Tensor) else v for v in self.to_dict().values())
+        return hash(tuple(plain))
+
+
+def from_dict(data: Mapping[str, Any]) -> Penalty:
+    """Rebuild a penalty from its ``to_dict`` form.
+
+    >>> from torchreg import L1, penalties
+    >>> penalties.from_dict(L1(0.1).to_dict())
+    L1(strength=0.1)
+
+    Raises:
+        TypeError: if ``data`` is not a mapping.
+        ValueError: if the type is unknown or the fields are not that type's.
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"Expected a penalty's dict form, got {type(data).__name__}.")
+    fields = dict(data)
+    name = fields.pop("type", None)
+    if not isinstance(name, str) or name not in _REGISTRY:
+        raise ValueError(f"Expected the penalty type to be one of {sorted(_REGISTRY)}, got {name!r}.")
+    cls = _REGISTRY[name]
+    expected = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if set(fields) != expected:
+        raise ValueError(f"Expected the fields of {name} to be {sorted(expected)}, got {sorted(map(str, fields))}.")
+    return cls(**fields)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
+    return bool(a == b)

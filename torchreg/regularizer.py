@@ -1,0 +1,187 @@
+"""Penalties on a model: as a loss term, as an optimizer hook, or as param groups for a proximal optimizer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchreg import kernels, tables
+from torchreg.hook import PenaltyHandle
+from torchreg.penalties import Penalty, Strength
+from torchreg.penalties.base import host_scalar
+from torchreg.rules import Assignment, Rules, assign
+
+
+class Regularizer(nn.Module):
+    """Penalties on the parameters of a model: ``min f(w) + scale·Σ R(w)``.
+
+    The same penalties serve three routes, which share their minimiser:
+
+    1. a loss term: ``loss = criterion(model(x), y) + reg()``;
+    2. a hook: ``handle = reg.attach(optimizer)``, the training loop untouched;
+    3. param groups: ``torchreg.ProxSGD(reg.param_groups(), lr=0.1)``, which alone reaches exact zeros.
+
+    Use one of them, not two.
+
+    Args:
+        model: the module whose parameters are penalised. It is referred to, not registered as a submodule.
+        rules: a penalty, or a mapping (or list of pairs) from selectors to penalties. The first match wins, and
+            ``None`` leaves alone. A selector is a glob on qualified names, a compiled regex (searched in them), a
+            module class, a predicate ``(name, parameter) -> bool``, a parameter, or a tuple or list of parameters.
+            A bare penalty applies to the weights of linear, convolution, bilinear, recurrent and attention layers,
+            not to biases, norm layers and embeddings (`torchreg.rules.WEIGHTS` is that selection as a key).
+
+    Attributes:
+        strength_scale: a 0-d tensor (a buffer, part of ``state_dict()``) that multiplies all strengths. Assigning
+            a number fills it in place; the param groups share it.
+
+    Raises:
+        TypeError: if the model or the rules are of the wrong kind.
+        ValueError: if a rule matches no parameter, or one that can't be penalised.
+
+    >>> import torch
+    >>> from torchreg import L1, Regularizer
+    >>> model = torch.nn.Linear(3, 1)
+    >>> _ = torch.nn.init.constant_(model.weight, -2.0)
+    >>> reg = Regularizer(model, L1(0.5))
+    >>> reg().item()
+    3.0
+    >>> print(reg)
+    parameter  shape  rule     strength
+    ───────────────────────────────────
+    weight     1×3    default  L1 0.5
+    <BLANKLINE>
+    left alone  shape  why
+    ───────────────────────
+    bias        1      bias
+    """
+
+    strength_scale: Tensor
+
+    def __init__(self, model: nn.Module, rules: Rules) -> None:
+        super().__init__()
+        assignments = assign(model, rules)
+        self.__dict__["model"] = model  # not a submodule: its state belongs to the user's checkpoint
+        self.assignments: list[Assignment] = assignments
+        self.register_buffer("strength_scale", torch.ones(()))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "strength_scale" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"Expected `strength_scale` to be a non-negative float or 0-d tensor, got {value}.")
+            self.strength_scale.fill_(value)
+        else:
+            super().__setattr__(name, value)
+
+    def penalized(self) -> Iterator[tuple[str, nn.Parameter, Penalty]]:
+        """The (name, parameter, penalty) of every parameter that a rule penalises, frozen ones left out."""
+        for a in self.assignments:
+            if a.penalty is not None and a.parameter.requires_grad:
+                yield a.name, a.parameter, a.penalty
+
+    def forward(self) -> Tensor:
+        """The penalty ``scale·Σ R(w)`` of all penalised parameters, a real 0-d tensor: add it to the loss.
+
+        Its backward computes one gradient per weight and nothing else of the model's size. To maximise an
+        objective, subtract it.
+        """
+        entries = list(self.penalized())
+        if not entries:
+            return self.strength_scale.new_zeros(())
+        weights = [p for _, p, _ in entries]
+        penalties = [penalty for _, _, penalty in entries]
+        scale = host_scalar(self.strength_scale)
+        strengths = [s for penalty in penalties for s in penalty.strengths().values()]
+        if any(isinstance(s, Tensor) and s.requires_grad for s in strengths):
+            return kernels.total_value(penalties, weights) * scale  # autograd records the strengths, too
+        return _PenaltyTerm.apply(penalties, scale, *weights)
+
+    def attach(self, optimizer: Optimizer) -> PenaltyHandle:
+        """Add the penalty's gradient inside ``optimizer.step()``, whatever the training loop does before.
+
+        The strength is independent of gradient accumulation, clipping and loss scaling, since the gradient is
+        added to what the step reads and taken away again afterwards: ``p.grad`` is never changed. Under
+        ``maximize=True`` the penalty still shrinks. A closure's loss gets the penalty's value added.
+
+        Returns:
+            A handle with ``remove()``, ``state_dict()`` and ``load_state_dict()``. Optimizers lose hooks when they
+            are copied or pickled: attach again to the copy.
+
+        Raises:
+            TypeError: if ``optimizer`` is no ``torch.optim.Optimizer``.
+            ValueError: if the optimizer applies penalties itself, has this regularizer attached already, or
+                holds none of the penalised parameters.
+        """
+        return PenaltyHandle(self, optimizer)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One param group per penalty, and one for what is left alone: for a proximal optimizer.
+
+        Each holds ``params``, ``penalty`` and ``strength_scale`` (this regularizer's own tensor).
+        """
+        groups: dict[int | None, dict[str, Any]] = {}
+        for a in self.assignments:
+            key = a.rule_index if a.penalty is not None else None
+            if key not in groups:
+                penalty = a.penalty and a.penalty.to(a.parameter.device)
+                groups[key] = {"params": [], "penalty": penalty, "strength_scale": self.strength_scale}
+            groups[key]["params"].append(a.parameter)
+        order = sorted(groups, key=lambda index: (index is None, index))
+        return [groups[key] for key in order]
+
+    def extra_repr(self) -> str:
+        count = sum(a.penalty is not None for a in self.assignments)
+        return f"{count} of {len(self.assignments)} parameters penalised"
+
+    def __str__(self) -> str:
+        chosen = [a for a in self.assignments if a.penalty is not None]
+        alone = [a for a in self.assignments if a.penalty is None]
+        parts = []
+        if chosen:
+            rows = [(a.name, _shape(a.parameter), a.rule, _strengths(a)) for a in chosen]
+            parts.append(tables.render(("parameter", "shape", "rule", "strength"), rows, left=4))
+        if alone:
+            rows = [(a.name, _shape(a.parameter), a.reason) for a in alone]
+            parts.append(tables.render(("left alone", "shape", "why"), rows, left=3))
+        scale = float(self.strength_scale)
+        if scale != 1:
+            parts.append(f"all strengths × {scale:g}")
+        return "\n\n".join(parts)
+
+
+class _PenaltyTerm(torch.autograd.Function):
+    """Σ scale·R(w): the forward pass keeps only the weights, the backward pass makes one gradient for each."""
+
+    @staticmethod
+    def forward(ctx: Any, penalties: list[Penalty], scale: float | Tensor, *weights: Tensor) -> Tensor:
+        ctx.penalties, ctx.scale = penalties, scale
+        ctx.save_for_backward(*weights)
+        return kernels.total_value(penalties, weights) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return None, None, *kernels.gradients(ctx.penalties, ctx.saved_tensors, grad_output * ctx.scale)
+
+
+def _shape(p: Tensor) -> str:
+    return "×".join(map(str, p.shape)) or "scalar"
+
+
+def _strengths(a: Assignment) -> str:
+    assert a.penalty is not None
+    strengths = a.penalty.strengths()
+    names = len(strengths) > 1
+    text = ", ".join(f"{name}={_number(s)}" if names else _number(s) for name, s in strengths.items())
+    return f"{a.penalty.type_name} {text}" + ("" if a.parameter.requires_grad else " (frozen: skipped)")
+
+
+def _number(strength: Strength) -> str:
+    if isinstance(strength, Tensor) and strength.ndim:
+        return f"{strength.min().item():.4g}…{strength.max().item():.4g}" if strength.numel() else "empty"
+    return f"{float(strength):.4g}"
