@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch.optim import Optimizer
 from torchreg import kernels
 from torchreg.penalties import from_dict
 from torchreg.penalties.base import host_scalar
-
-if TYPE_CHECKING:
-    from torchreg.regularizer import Regularizer
+from torchreg.rules import PenalizedModel
 
 _attached: weakref.WeakKeyDictionary[Optimizer, list[PenaltyHandle]] = weakref.WeakKeyDictionary()
 
@@ -28,7 +26,9 @@ class PenaltyHandle:
     and loss scaling: a fused optimizer that unscales by itself has its scale multiplied in.
     """
 
-    def __init__(self, regularizer: Regularizer, optimizer: Optimizer) -> None:
+    regularizer: PenalizedModel
+
+    def __init__(self, regularizer: PenalizedModel, optimizer: Optimizer) -> None:
         optimizer = _unwrapped(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if getattr(optimizer, "applies_penalties", False):
@@ -37,13 +37,16 @@ class PenaltyHandle:
                 "instead of attaching, or attach to a plain torch optimizer."
             )
         if any(handle.regularizer is regularizer for handle in _attached.get(optimizer, [])):
-            raise ValueError("This regularizer is attached to this optimizer already; remove() the first handle before attaching again.")
+            raise ValueError("This regularizer is attached to this optimizer already; remove() the first handle first.")
         if not any(a.penalty is not None and id(a.parameter) in held for a in regularizer.assignments):
             raise ValueError("The optimizer holds none of the regularizer's penalised parameters.")
         self.regularizer = regularizer
         self._optimizer = weakref.ref(optimizer)
         self._data_grads: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._hooks = [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         _attached.setdefault(optimizer, []).append(self)
 
     def remove(self) -> None:
@@ -78,7 +81,9 @@ class PenaltyHandle:
             raise ValueError("Expected the state of a PenaltyHandle, with the keys 'strength_scale' and 'penalties'.")
         saved = {name: from_dict(data) for name, data in state["penalties"].items()}
         if set(saved) != set(mine):
-            raise ValueError(f"The saved penalties are for other parameters: {sorted(set(saved) ^ set(mine))} are only on one side.")
+            raise ValueError(
+                f"The saved penalties are for other parameters: {sorted(set(saved) ^ set(mine))} are only on one side."
+            )
         for name, penalty in saved.items():
             penalty.check_shape(mine[name].parameter.shape)
         for name, penalty in saved.items():
@@ -123,11 +128,15 @@ class PenaltyHandle:
                 continue
             for p in chosen:
                 if p.grad.layout != torch.strided:
-                    raise TypeError(f"Parameter {penalties[id(p)][0]!r} has a sparse gradient; penalties need dense ones.")
+                    raise TypeError(
+                        f"Parameter {penalties[id(p)][0]!r} has a sparse gradient; penalties need dense ones."
+                    )
             factor = -scale if group.get("maximize", False) else scale
             if grad_scale is not None:
                 factor = grad_scale * (factor.to(grad_scale.device) if isinstance(factor, Tensor) else factor)
-            sums = kernels.added_gradients([penalties[id(p)][1] for p in chosen], chosen, [p.grad for p in chosen], factor)
+            sums = kernels.added_gradients(
+                [penalties[id(p)][1] for p in chosen], chosen, [p.grad for p in chosen], factor
+            )
             for p, total in zip(chosen, sums, strict=True):
                 self._data_grads.append((p, p.grad, total))
                 p.grad = total

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from torchreg.rules import Assignment
-
-if TYPE_CHECKING:
-    from torchreg.regularizer import Regularizer
+from torchreg.rules import Assignment, PenalizedModel
 
 
 @torch.no_grad()
-def kkt_residual(reg: Regularizer, closure: Callable[[], Tensor] | None = None) -> Tensor:
+def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = None) -> Tensor:
     """The largest violation of the optimality conditions of ``min f(w) + R(w)``, a 0-d tensor.
 
     It is the largest distance, over all trainable parameters, from −∇f to the subdifferential of the penalty:
@@ -57,7 +53,9 @@ def kkt_residual(reg: Regularizer, closure: Callable[[], Tensor] | None = None) 
     return torch.stack([w.to(worst[0]) for w in worst]).max()
 
 
-def strength_max(reg: Regularizer, closure: Callable[[], Tensor], *, per_parameter: bool = False) -> float | dict[str, float]:
+def strength_max(
+    reg: PenalizedModel, closure: Callable[[], Tensor], *, per_parameter: bool = False
+) -> float | dict[str, float]:
     """The smallest strength at which all penalised weights stay zero: strengths are worth trying below it.
 
     The gradient of f is taken with the penalised weights at zero and everything else as it is; for L1 the result is
@@ -131,14 +129,15 @@ def _gradients(model: nn.Module, wanted: list[Assignment], closure: Callable[[],
             p.grad = None
         with torch.enable_grad():
             loss = closure()
+            loss = loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else loss
         targets = [a.parameter for a in wanted]
         if any(p.grad is not None for p in targets):
             return [p.grad for p in targets]
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError("Expected the closure to return the loss, a one-element tensor.")
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise ValueError("Expected the closure to return the loss, a tensor of one element.")
         if not loss.requires_grad:
             return [None] * len(targets)
-        return list(torch.autograd.grad(loss.reshape(()), targets, allow_unused=True))
+        return list(torch.autograd.grad(loss, targets, allow_unused=True))
     finally:
         for p, grad in zip(parameters, saved_grads, strict=True):
             p.grad = grad

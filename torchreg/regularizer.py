@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,15 +52,16 @@ class Regularizer(nn.Module):
     >>> reg().item()
     3.0
     >>> print(reg)
-    parameter  shape  rule     strength
-    ───────────────────────────────────
-    weight     1×3    default  L1 0.5
+    parameter   shape   rule      strength
+    ──────────────────────────────────────
+    weight      1×3     default   L1 0.5
     <BLANKLINE>
-    left alone  shape  why
-    ───────────────────────
-    bias        1      bias
+    left alone   shape   why
+    ─────────────────────────
+    bias         1       bias
     """
 
+    model: nn.Module
     strength_scale: Tensor
 
     def __init__(self, model: nn.Module, rules: Rules) -> None:
@@ -136,6 +136,7 @@ class Regularizer(nn.Module):
         return [groups[key] for key in order]
 
     def extra_repr(self) -> str:
+        """The summary inside ``repr()``; ``print()`` shows the table."""
         count = sum(a.penalty is not None for a in self.assignments)
         return f"{count} of {len(self.assignments)} parameters penalised"
 
@@ -147,8 +148,8 @@ class Regularizer(nn.Module):
             rows = [(a.name, _shape(a.parameter), a.rule, _strengths(a)) for a in chosen]
             parts.append(tables.render(("parameter", "shape", "rule", "strength"), rows, left=4))
         if alone:
-            rows = [(a.name, _shape(a.parameter), a.reason) for a in alone]
-            parts.append(tables.render(("left alone", "shape", "why"), rows, left=3))
+            reasons = [(a.name, _shape(a.parameter), a.reason) for a in alone]
+            parts.append(tables.render(("left alone", "shape", "why"), reasons, left=3))
         scale = float(self.strength_scale)
         if scale != 1:
             parts.append(f"all strengths × {scale:g}")

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,20 @@ class Assignment:
     def parameter(self) -> nn.Parameter:
         """The parameter as the model holds it now (moving or sharding a model may replace it)."""
         return self.module._parameters[self.attribute]  # type: ignore[return-value]
+
+
+class PenalizedModel(Protocol):
+    """A model whose parameters have penalties: what optimality and the hook need of a `torchreg.Regularizer`."""
+
+    model: nn.Module
+    assignments: list[Assignment]
+    strength_scale: Tensor
+
+    def penalized(self) -> Iterator[tuple[str, nn.Parameter, Penalty]]:
+        """The (name, parameter, penalty) of every trainable penalised parameter."""
+
+    def __call__(self) -> Tensor:
+        """The penalty's value."""
 
 
 def assign(model: nn.Module, rules: Rules) -> list[Assignment]:
@@ -138,9 +152,17 @@ def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None
 def _reparametrised(a: Assignment) -> str:
     if ".parametrizations." in f".{a.name}" or isinstance(a.module, torch.nn.utils.parametrize.ParametrizationList):
         return "the original of a parametrization"
-    for suffix, what in (("_g", "weight-normed"), ("_v", "weight-normed"), ("_orig", "reparametrised (pruned or spectral-normed)")):
+    for suffix, what in (
+        ("_g", "weight-normed"),
+        ("_v", "weight-normed"),
+        ("_orig", "reparametrised (pruned or spectral-normed)"),
+    ):
         base = a.attribute.removesuffix(suffix)
-        if base != a.attribute and base not in a.module._parameters and isinstance(getattr(a.module, base, None), Tensor):
+        if (
+            base != a.attribute
+            and base not in a.module._parameters
+            and isinstance(getattr(a.module, base, None), Tensor)
+        ):
             return what
     return ""
 
@@ -149,7 +171,9 @@ def _pairs(rules: Rules) -> list[tuple[Any, Penalty | None]]:
     if isinstance(rules, Penalty):
         return [(WEIGHTS, rules)]
     if isinstance(rules, type) or not isinstance(rules, (Mapping, Iterable)) or isinstance(rules, (str, Tensor)):
-        raise TypeError(f"Expected `rules` to be a penalty or a mapping from selectors to penalties, got {_described(rules)}.")
+        raise TypeError(
+            f"Expected `rules` to be a penalty or a mapping from selectors to penalties, got {_described(rules)}."
+        )
     pairs: list[Any] = list(rules.items() if isinstance(rules, Mapping) else rules)
     if not pairs:
         raise ValueError("Expected `rules` to hold at least one rule, got none.")
@@ -158,9 +182,14 @@ def _pairs(rules: Rules) -> list[tuple[Any, Penalty | None]]:
             raise TypeError(f"Expected each rule to be a pair (selector, penalty), got {_described(pair)}.")
         selector, penalty = pair
         if penalty is not None and not isinstance(penalty, Penalty):
-            raise TypeError(f"Expected the penalty of rule {_label(selector)} to be a Penalty or None, got {_described(penalty)}.")
+            raise TypeError(
+                f"Expected the penalty of rule {_label(selector)} to be a Penalty or None, got {_described(penalty)}."
+            )
         if isinstance(selector, Penalty):
-            raise TypeError(f"Expected a selector (glob, regex, module class, predicate or parameters) as the rule's key, got the penalty {selector!r}.")
+            raise TypeError(
+                "Expected a selector (glob, regex, module class, predicate or parameters) as the rule's key, "
+                f"got the penalty {selector!r}."
+            )
     return pairs
 
 
@@ -180,7 +209,9 @@ def _parameters(model: nn.Module) -> list[Assignment]:
     return list(by_id.values())
 
 
-def _matcher(selector: Any, label: str, modules: Mapping[str, nn.Module], assignments: list[Assignment]) -> Callable[[Assignment], bool]:
+def _matcher(
+    selector: Any, label: str, modules: Mapping[str, nn.Module], assignments: list[Assignment]
+) -> Callable[[Assignment], bool]:
     """The selector as a function of an assignment."""
     if isinstance(selector, _Weights):
         return lambda a: all(_is_weight(name, modules) for name in a.aliases)
@@ -213,7 +244,10 @@ def _listed(selector: Any, label: str, assignments: list[Assignment]) -> set[int
         shape = tuple(tensor.shape)
         if id(tensor) not in known:
             leaf = "" if tensor.is_leaf else " (it is the result of an operation, not a leaf)"
-            raise ValueError(f"The tensor of shape {shape} at position {position} of rule {label} is not a parameter of the model{leaf}.")
+            raise ValueError(
+                f"The tensor of shape {shape} at position {position} of rule {label} is not a parameter of the "
+                f"model{leaf}."
+            )
         if id(tensor) in wanted:
             raise ValueError(f"The parameter of shape {shape} at position {position} of rule {label} is listed twice.")
         wanted.add(id(tensor))
@@ -263,7 +297,10 @@ def _no_match(label: str, selector: Any, assignments: list[Assignment]) -> str:
         kinds = sorted({type(a.module).__name__ for a in assignments})
         return f"{message}; the layers with parameters are: {', '.join(kinds)}."
     if isinstance(selector, _Weights):
-        return f"{message}: a bare penalty selects the weights of linear, convolution, bilinear, recurrent and attention layers. Name the others by a rule."
+        return (
+            f"{message}: a bare penalty selects the weights of linear, convolution, bilinear, recurrent and attention "
+            "layers. Name the others by a rule."
+        )
     pattern = selector.pattern if isinstance(selector, re.Pattern) else selector
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) if isinstance(pattern, str) else []
     if close:
@@ -292,7 +329,9 @@ def _label(selector: Any) -> str:
 def _described(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__} (an instance such as {value.__name__}(…) is meant?)"
-    return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float, Penalty)) else type(value).__name__
+    return (
+        f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float, Penalty)) else type(value).__name__
+    )
 
 
 def _clean(name: str) -> str:

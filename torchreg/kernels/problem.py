@@ -26,8 +26,8 @@ class SGDTensors:
 
     def take(self, indices: list[int]) -> SGDTensors:
         """The entries at ``indices``."""
-        lists = (self.params, self.grads, self.momentum_buffers, self.first, self.seeds)
-        return SGDTensors(*([entries[i] for i in indices] if entries else [] for entries in lists))
+        lists = {name: entries for name, entries in vars(self).items() if entries}
+        return SGDTensors(**{name: [entries[i] for i in indices] for name, entries in lists.items()})
 
 
 @dataclass(frozen=True)

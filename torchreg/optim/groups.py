@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,9 +38,12 @@ def checked_scale(scale: Any) -> float | Tensor:
     """Return a strength scale, or raise. A tensor's value is not read: that would stall a device."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or not scale.is_floating_point():
-            raise ValueError(f"Expected `strength_scale` to be a float or 0-d tensor, got a tensor of shape {tuple(scale.shape)} and {scale.dtype}.")
+            raise ValueError(
+                "Expected `strength_scale` to be a float or 0-d tensor, "
+                f"got a tensor of shape {tuple(scale.shape)} and {scale.dtype}."
+            )
         return scale
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"Expected `strength_scale` to be a non-negative float or 0-d tensor, got {scale!r}.")
     if not (scale >= 0 and math.isfinite(scale)):
         raise ValueError(f"Expected `strength_scale` to be a non-negative float or 0-d tensor, got {scale}.")
@@ -88,7 +90,9 @@ def adopt_penalties(groups: list[dict[str, Any]], current: list[dict[str, Any]])
         mine: Mapping[str, Any] = current[i] if i < len(current) else {}
         penalty = group.get("penalty", mine.get("penalty"))
         scale = group.get("strength_scale", mine.get("strength_scale", 1.0))
-        adopted.append((from_dict(penalty) if isinstance(penalty, Mapping) else checked_penalty(penalty), checked_scale(scale)))
+        adopted.append(
+            (from_dict(penalty) if isinstance(penalty, Mapping) else checked_penalty(penalty), checked_scale(scale))
+        )
     for i, (group, (penalty, scale)) in enumerate(zip(groups, adopted, strict=True)):
         if penalty is not None and group["params"]:
             penalty = penalty.to(group["params"][0].device)

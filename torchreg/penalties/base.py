@@ -204,7 +204,7 @@ class Penalty(ABC):
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        mine, theirs = self.to_dict(), other.to_dict()  # type: ignore[attr-defined]
+        mine, theirs = self.to_dict(), other.to_dict()
         return all(_same(mine[k], theirs[k]) for k in mine)
 
     def __hash__(self) -> int:

@@ -30,7 +30,7 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
     and ``softshrink`` give −0.0, ``max(|x| − t, 0)`` in a kernel turns NaN into 0, and (1 − t/|x|)·x is 0/0 at 0).
     """
     if not x.is_complex():
-        return x - torch.clamp(x, -threshold, threshold)
+        return x - torch.clamp(x, -threshold, threshold)  # type: ignore[arg-type]
     modulus = x.abs()
     kept = modulus - torch.clamp(modulus, max=threshold)
     ratio = kept / torch.where(modulus == 0, 1, modulus)
@@ -146,7 +146,7 @@ class L1(_Shrinkage):
 
     strength: Strength = strength_field()
 
-    def parts(self) -> tuple[Strength, Strength]:
+    def parts(self) -> tuple[Strength, Strength]:  # noqa: D102
         return self.strength, 0.0
 
 
@@ -174,7 +174,7 @@ class L2(_Shrinkage):
 
     strength: Strength = strength_field()
 
-    def parts(self) -> tuple[Strength, Strength]:
+    def parts(self) -> tuple[Strength, Strength]:  # noqa: D102
         return 0.0, self.strength
 
     def strength_max(self, grad: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class ElasticNet(_Shrinkage):
             raise ValueError(f"Expected `l1_ratio` to be in [0, 1], got {l1_ratio}.")
         return cls(l1=alpha * l1_ratio, l2=alpha * (1 - l1_ratio) / 2)
 
-    def parts(self) -> tuple[Strength, Strength]:
+    def parts(self) -> tuple[Strength, Strength]:  # noqa: D102
         return self.l1, self.l2
 
 
