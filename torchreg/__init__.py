@@ -1,10 +1,24 @@
 """torchreg: L1, L2, Elastic Net and exact zeros for any PyTorch module."""
 
 from torchreg import penalties, rules
+from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
 from torchreg.optim import ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import L1, L2, ElasticNet
 from torchreg.regularizer import Regularizer
 
 __version__ = "0.1.0"
-__all__ = ["L1", "L2", "ElasticNet", "ProxSGD", "Regularizer", "kkt_residual", "penalties", "rules", "strength_max"]
+__all__ = [
+    "L1",
+    "L2",
+    "ElasticNet",
+    "ProxSGD",
+    "Regularizer",
+    "SparsityMonitor",
+    "SparsityReport",
+    "kkt_residual",
+    "penalties",
+    "rules",
+    "sparsity",
+    "strength_max",
+]

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from io import StringIO
 
-from rich.box import SIMPLE_HEAD
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,7 +31,7 @@ def render(
         left: how many leading columns hold text.
         width: characters per line; by default as wide as the content needs.
     """
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", show_footer=footer is not None, pad_edge=False)
+    table = Table(box=SIMPLE, title=title, title_justify="left", show_footer=footer is not None, pad_edge=False)
     for i, heading in enumerate(columns):
         table.add_column(
             Text(heading),

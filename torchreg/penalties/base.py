@@ -159,6 +159,10 @@ class Penalty(ABC):
         factor c of ``c·t``.
         """
 
+    @abstractmethod
+    def threshold(self, step: float | Tensor) -> float | Tensor:
+        """The modulus up to which ``prox(w, step)`` gives zero: the largest where strengths differ, 0 if never."""
+
     @torch.no_grad()
     def prox_(self, w: Tensor, step: Step = 1.0) -> Tensor:
         """Overwrite ``w`` with ``prox(w, step)`` and return it. Not recorded by autograd."""

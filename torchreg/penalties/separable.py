@@ -111,6 +111,13 @@ class _Shrinkage(Penalty):
         at_zero = (g.abs() - l1).clamp_min(0)
         return torch.where(x == 0, at_zero, (g + torch.sgn(x) * l1).abs())
 
+    def threshold(self, step: float | Tensor) -> float | Tensor:
+        l1 = host_scalar(self.parts()[0])
+        if isinstance(l1, Tensor):
+            l1 = l1.max() if l1.numel() else 0.0
+            step = step.to(l1.device) if isinstance(step, Tensor) and isinstance(l1, Tensor) else step
+        return l1 * step
+
     def strength_max(self, grad: Tensor) -> Tensor:
         g, l1, _ = self._prepared(grad)
         g = g.abs()

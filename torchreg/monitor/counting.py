@@ -1,0 +1,91 @@
+"""What is counted in a weight, on its own device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchreg.penalties import tiles
+from torchreg.penalties.base import arithmetic
+from torchreg.rules import PenalizedModel
+
+NOT_APPLICABLE = -1
+"""Stands for the rows and columns of a tensor that has none (fewer than two dimensions)."""
+
+
+@torch.no_grad()
+def counted(w: Tensor) -> Tensor:
+    """The float64 vector (zeros, zero rows, zero columns, Σ|w|, √Σ|w|²) of a weight, on its device.
+
+    A row is a slice of the first dimension (an output unit or filter), a column one of the second (an input unit or
+    channel). A NaN is not a zero.
+    """
+    if w.ndim >= 2:
+        nonzero = (w != 0).flatten(2) if w.ndim > 2 else (w != 0).unsqueeze(2)
+        zeros = nonzero.numel() - nonzero.sum()
+        rows = nonzero.shape[0] - nonzero.any(2).any(1).sum()
+        columns = nonzero.shape[1] - nonzero.any(2).any(0).sum()
+    else:
+        zeros = (w == 0).sum()
+        rows = columns = torch.full_like(zeros, NOT_APPLICABLE)
+    x = arithmetic(w)
+    return torch.stack([part.double() for part in (zeros, rows, columns, tiles.norm(x, 1), tiles.norm(x, 2))])
+
+
+def named_weights(source: Any) -> Iterator[tuple[str, Tensor]]:
+    """The (name, tensor) pairs of a source, floating point or complex ones, each tensor once.
+
+    Args:
+        source: a module (all its parameters), a `Regularizer` (the penalised ones), an optimizer, a mapping from
+            names to tensors such as a state dict, or an iterable of tensors or (name, tensor) pairs.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
+    seen: set[Any] = set()
+    for name, tensor in _pairs(source):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"Expected tensors to count zeros in, got {type(tensor).__name__} for {name!r}.")
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        key = _identity(tensor)
+        if key not in seen:
+            seen.add(key)
+            yield name, tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def _pairs(source: Any) -> Iterable[tuple[str, Any]]:
+    if hasattr(source, "assignments") and hasattr(source, "penalized"):
+        regularizer: PenalizedModel = source
+        return [(a.name, a.parameter) for a in regularizer.assignments if a.penalty is not None]
+    if isinstance(source, nn.Module):
+        return source.named_parameters()
+    if isinstance(source, Optimizer):
+        return [pair for i, group in enumerate(source.param_groups) for pair in _group_pairs(i, group)]
+    if isinstance(source, Tensor):
+        return [("tensor", source)]
+    if isinstance(source, Mapping):
+        return [(str(name), tensor) for name, tensor in source.items()]
+    if isinstance(source, Iterable) and not isinstance(source, (str, bytes)):
+        entries = list(source)
+        return [e if isinstance(e, tuple) and len(e) == 2 else (str(i), e) for i, e in enumerate(entries)]
+    raise TypeError(
+        "Expected a module, a Regularizer, an optimizer, a mapping from names to tensors or an iterable of tensors, "
+        f"got {type(source).__name__}."
+    )
+
+
+def _group_pairs(index: int, group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    names = group.get("param_names") or [f"group{index}.{k}" for k in range(len(group["params"]))]
+    return list(zip(names, group["params"], strict=True))
+
+
+def _identity(tensor: Tensor) -> Any:
+    """Equal for two names of the same memory (a tied weight in a state dict is two tensors on one storage)."""
+    if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.device.type == "meta":
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

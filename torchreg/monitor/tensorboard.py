@@ -1,0 +1,253 @@
+"""Sparsity in TensorBoard, while the training runs."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchreg.monitor.counting import counted, named_weights
+from torchreg.monitor.pictures import Histogram, enlarged, mask_image, nonzero_histogram
+from torchreg.monitor.report import SparsityReport, entry
+from torchreg.monitor.transfer import fetch
+
+LAYOUT = {
+    "torchreg": {
+        "data loss and penalty": ["Multiline", ["loss/data", "loss/penalty"]],
+        "sparsity": ["Multiline", ["sparsity/.*"]],
+        "weights that became zero or woke up": ["Multiline", ["zeros/new", "zeros/revived"]],
+        "threshold": ["Multiline", ["threshold/.*"]],
+    }
+}
+
+
+class SparsityMonitor:
+    """Writes to TensorBoard how sparse a model is.
+
+    Call ``step()`` after each optimizer step. Every ``every`` steps, and when it is closed, it logs:
+
+    - ``sparsity/total`` and ``sparsity/<parameter>``: the fraction of exact zeros;
+    - ``loss/data`` (where a loss is given) and ``loss/penalty`` (for a `Regularizer`);
+    - ``threshold/group<i>``: the modulus up to which the last proximal step gave zero, lr·G·λ (where an optimizer
+      that takes such steps is given);
+    - ``zeros/new`` and ``zeros/revived``: how many weights became zero, and left zero, since the last log.
+
+    A log is one transfer from the device to the host; between logs nothing is read and nothing waits. It keeps one
+    byte per weight on the device, to know which were zero.
+
+    A writer that fails (full disk, closed file) is reported once as a warning and then left alone: watching never
+    stops the training.
+
+    Args:
+        source: a `Regularizer` (its penalised parameters are watched), a module (all its parameters), or anything
+            else that `torchreg.sparsity` takes.
+        writer: any object with ``add_scalar(tag, value, step)``, such as torch's or tensorboardX's SummaryWriter. The
+            monitor flushes it when it is closed; closing it is its owner's task.
+        every: steps between logs.
+        optimizer: the optimizer whose proximal steps' thresholds are logged.
+        histograms: also log histograms of the non-zero weights (``weights/<parameter>``).
+        images: also log images of the masks (``mask/<parameter>``): white where weights are, black for zeros.
+        custom_scalars: also write a layout for TensorBoard's Custom Scalars page. TensorBoard keeps only the last
+            layout of a run: leave it off where you write your own.
+
+    Raises:
+        TypeError: if the writer has no method for what it is asked to log, or the source holds no tensors.
+        ValueError: if ``every`` is not a positive integer.
+
+    >>> import torch, torchreg
+    >>> class Printer:
+    ...     def add_scalar(self, tag, value, step):
+    ...         print(step, tag, round(value, 3))
+    >>> model = torch.nn.Linear(4, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> monitor = torchreg.SparsityMonitor(model, Printer(), every=1)
+    >>> monitor.step(loss=0.5)
+    1 sparsity/total 1.0
+    1 sparsity/weight 1.0
+    1 zeros/new 0
+    1 zeros/revived 0
+    1 loss/data 0.5
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        writer: Any,
+        *,
+        every: int = 100,
+        optimizer: Any = None,
+        histograms: bool = False,
+        images: bool = False,
+        custom_scalars: bool = False,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"Expected `every` to be a positive integer, got {every!r}.")
+        _check_writer(writer, histograms=histograms, images=images, custom_scalars=custom_scalars)
+        self.source = source
+        self.writer = writer
+        self.every = every
+        self.optimizer = optimizer
+        self.histograms = histograms
+        self.images = images
+        self.steps = 0
+        self.report: SparsityReport | None = None
+        self._logged_at = -1
+        self._loss: Tensor | float | None = None
+        self._failed = False
+        weights = list(named_weights(source))
+        if not weights:
+            raise TypeError("There is no floating point parameter to watch.")
+        self._were_zero = {name: w.detach() == 0 for name, w in weights}
+        if custom_scalars:
+            self._write("add_custom_scalars", LAYOUT)
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """Count an optimizer step, and log when it is time.
+
+        Args:
+            loss: the data's loss of this step, without the penalty. It is read only when it is logged.
+        """
+        self.steps += 1
+        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        if self.steps % self.every == 0:
+            self.log()
+
+    @torch.no_grad()
+    def log(self) -> SparsityReport:
+        """Log now, and return the counts (they are also kept as ``monitor.report``)."""
+        weights = list(named_weights(self.source))
+        changes, were_zero = self._changes(weights)
+        scalars = dict(self._scalars())
+        pending = [counted(w) for _, w in weights]
+        pending += [changes, *(_tensor(value) for value in scalars.values())]
+        pending += [nonzero_histogram(w) for _, w in weights] if self.histograms else []
+        pending += [mask_image(w) for _, w in weights if w.ndim >= 2] if self.images else []
+        fetched = iter(fetch(pending))
+
+        report = SparsityReport(tuple(entry(name, tuple(w.shape), next(fetched).tolist()) for name, w in weights))
+        new, revived = next(fetched).tolist()
+        self._were_zero = were_zero
+        self.report, self._logged_at = report, self.steps
+        self._scalar("sparsity/total", report.fraction)
+        for tensor in report.tensors:
+            self._scalar(f"sparsity/{tensor.name}", tensor.fraction)
+        self._scalar("zeros/new", new)
+        self._scalar("zeros/revived", revived)
+        for tag in scalars:
+            self._scalar(tag, float(next(fetched)))
+        if self.histograms:
+            for name, _ in weights:
+                self._histogram(f"weights/{name}", Histogram.from_vector(next(fetched)))
+        if self.images:
+            for name, w in weights:
+                if w.ndim >= 2:
+                    self._write("add_image", f"mask/{name}", enlarged(next(fetched)), self.steps, dataformats="HW")
+        return report
+
+    def hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Write a row of TensorBoard's HParams page into this very run (torch's default makes a run of its own).
+
+        Args:
+            hparams: settings by name; what is no bool, string or number is written as text.
+            metrics: final results by name.
+        """
+        if not hasattr(self.writer, "add_hparams"):
+            raise TypeError(f"The writer {type(self.writer).__name__} has no method add_hparams.")
+        plain = {k: v if isinstance(v, (bool, str, int, float)) else str(v) for k, v in hparams.items()}
+        known = inspect.signature(self.writer.add_hparams).parameters
+        place = {"run_name": "."} if "run_name" in known else {"name": "."} if "name" in known else {}
+        self._write("add_hparams", plain, dict(metrics), **place)
+
+    def close(self) -> None:
+        """Log the last steps if they are not logged yet, and flush the writer."""
+        if self.steps > self._logged_at and self.steps > 0:
+            self.log()
+        if hasattr(self.writer, "flush"):
+            self._write("flush")
+
+    def __enter__(self) -> SparsityMonitor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps: a resumed run goes on along the same axis."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take over the number of steps; zeros are compared with the weights of now."""
+        self.steps = self._logged_at = int(state["steps"])
+        self._were_zero = {name: w.detach() == 0 for name, w in named_weights(self.source)}
+
+    def _changes(self, weights: list[tuple[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(newly zero, revived) as a tensor on the first weight's device, and which weights are zero now."""
+        new, revived = [], []
+        are_zero = {}
+        for name, w in weights:
+            now = are_zero[name] = w == 0
+            before = self._were_zero.get(name, now)
+            if before.shape != now.shape or before.device != now.device:
+                before = now
+            new.append((now & ~before).sum())
+            revived.append((before & ~now).sum())
+        device = new[0].device
+        totals = [torch.stack([count.to(device) for count in counts]).sum() for counts in (new, revived)]
+        return torch.stack(totals), are_zero
+
+    def _scalars(self) -> Iterator[tuple[str, Tensor | float]]:
+        if self._loss is not None:
+            yield "loss/data", self._loss
+        if hasattr(self.source, "penalized"):
+            yield "loss/penalty", self.source()
+        effective_step = getattr(self.optimizer, "effective_step", None)
+        if effective_step is not None:
+            for i, group in enumerate(self.optimizer.param_groups):
+                if group["penalty"] is not None:
+                    yield f"threshold/group{i}", group["penalty"].threshold(effective_step(group))
+
+    def _scalar(self, tag: str, value: float) -> None:
+        self._write("add_scalar", tag, value, self.steps)
+
+    def _histogram(self, tag: str, h: Histogram | None) -> None:
+        if h is not None:
+            moments = (h.least, h.greatest, h.count, h.total, h.total_squares)
+            self._write("add_histogram_raw", tag, *moments, h.limits, h.counts, self.steps)
+
+    def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self._failed:
+            return
+        try:
+            getattr(self.writer, method)(*args, **kwargs)
+        except Exception as error:
+            self._failed = True
+            warnings.warn(
+                f"Writing to {type(self.writer).__name__} failed ({type(error).__name__}: {error}); nothing more is "
+                "logged, the training goes on.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _check_writer(writer: Any, *, histograms: bool, images: bool, custom_scalars: bool) -> None:
+    needed = {
+        "add_scalar": True,
+        "add_histogram_raw": histograms,
+        "add_image": images,
+        "add_custom_scalars": custom_scalars,
+    }
+    missing = [method for method, wanted in needed.items() if wanted and not callable(getattr(writer, method, None))]
+    if missing:
+        raise TypeError(
+            f"Expected a writer with {', '.join(missing)}(), such as SummaryWriter, got {type(writer).__name__}."
+        )
+
+
+def _tensor(value: Tensor | float) -> Tensor:
+    return (
+        value.detach().double().reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    )
