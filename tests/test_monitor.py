@@ -1,0 +1,287 @@
+"""The monitor logs what is true, reads nothing between logs, and never stops a training."""
+
+import json
+import re
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard import program
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.tensorboard import SummaryWriter
+
+import torchreg
+from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer, SparsityMonitor
+from torchreg.monitor import tensorboard as monitor_module
+
+
+class Recorder:
+    """A writer that keeps what it is given."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, tag, value, step):
+        assert isinstance(value, (int, float))
+        self.scalars.setdefault(tag, []).append((step, value))
+
+
+def linear(*rows) -> nn.Linear:
+    w = torch.tensor(rows)
+    net = nn.Linear(w.shape[1], w.shape[0], bias=False)
+    net.weight.data = w
+    return net
+
+
+def read(logdir) -> EventAccumulator:
+    return EventAccumulator(str(logdir), size_guidance={k: 0 for k in ("scalars", "images", "histograms", "tensors")}).Reload()
+
+
+def test_logs_every_so_many_steps_and_the_rest_when_closed():
+    writer = Recorder()
+    with SparsityMonitor(linear([0.0, 1.0]), writer, every=3) as monitor:
+        for _ in range(7):
+            monitor.step()
+    assert writer.scalars["sparsity/total"] == [(3, 0.5), (6, 0.5), (7, 0.5)]
+    monitor.close()
+    assert len(writer.scalars["sparsity/total"]) == 3, "closing twice logs nothing twice"
+
+
+def test_values_are_those_of_the_model():
+    net = nn.Sequential(linear([0.0, 3.0, -4.0, 0.0]), linear([1.0], [0.0]))
+    reg = Regularizer(net, {"0.weight": L1(0.5), "1.weight": L2(1.0)})
+    opt = ProxSGD(reg.param_groups(), lr=0.1, momentum=0.9)
+    reg.strength_scale = 0.5
+    writer = Recorder()
+    SparsityMonitor(reg, writer, every=1, optimizer=opt).step(loss=torch.tensor(2.5, requires_grad=True))
+    last = {tag: entries[-1][1] for tag, entries in writer.scalars.items()}
+    assert last == pytest.approx(
+        {
+            "sparsity/total": 0.5,
+            "sparsity/0.weight": 0.5,
+            "sparsity/1.weight": 0.5,
+            "zeros/new": 0,
+            "zeros/revived": 0,
+            "loss/data": 2.5,
+            "loss/penalty": 0.5 * (0.5 * 7 + 1.0),
+            "threshold/group0": 0.1 * 10 * 0.5 * 0.5,
+            "threshold/group1": 0.0,
+        }
+    )
+
+
+def test_threshold_is_where_the_step_starts_to_give_zero():
+    net = linear([1.0, 1.0])
+    opt = ProxSGD(Regularizer(net, ElasticNet(0.3, 2.0)).param_groups(), lr=0.2, momentum=0.5)
+    writer = Recorder()
+    SparsityMonitor(net, writer, every=1, optimizer=opt).step()
+    threshold = writer.scalars["threshold/group0"][0][1]
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[threshold * 0.999, threshold * 1.001]]))
+    net.weight.grad = torch.zeros(1, 2)
+    opt.step()
+    assert (net.weight == 0).tolist() == [[True, False]]
+
+
+def test_newly_zero_and_revived_weights_are_counted_since_the_last_log():
+    net = linear([0.0, 0.0, 1.0, 1.0, 1.0])
+    writer = Recorder()
+    monitor = SparsityMonitor(net, writer, every=2)
+    for values in ([9.0, 9.0, 9.0, 9.0, 9.0], [1.0, 0.0, 0.0, 0.0, 1.0], [0.0] * 5, [0.0, 1.0, 1.0, 0.0, 0.0]):
+        net.weight.data = torch.tensor([values])
+        monitor.step()
+    assert writer.scalars["zeros/new"] == [(2, 2), (4, 2)]
+    assert writer.scalars["zeros/revived"] == [(2, 1), (4, 2)]
+
+
+def test_one_transfer_per_log_and_no_read_between_logs(monkeypatch):
+    """Fetching is the only place where a device is waited for: nothing before it reads a tensor's value."""
+    transfers = []
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Reads.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    def counting_fetch(tensors):
+        transfers.append(Reads.count)
+        return [t.detach().clone() for t in tensors]
+
+    monkeypatch.setattr(monitor_module, "fetch", counting_fetch)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Conv1d(8, 3, 1))
+    opt = ProxSGD(net.parameters(), lr=0.1, penalty=L1(0.1))
+    writer = SummaryWriter.__new__(SummaryWriter)  # its methods are asked for, not called
+    monitor = SparsityMonitor(net, writer, every=5, optimizer=opt, histograms=True, images=True)
+    monkeypatch.setattr(monitor, "_write", lambda *args, **kwargs: None)
+    loss = torch.tensor(1.0)
+    with Reads():
+        for _ in range(4):
+            monitor.step(loss=loss)
+        assert (transfers, Reads.count) == ([], 0)
+        monitor.step(loss=loss)
+    assert transfers == [0]
+
+
+def test_tensorboards_own_reader_finds_everything(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 10))
+    reg = Regularizer(net, L1(1e-2))
+    opt = ProxSGD(reg.param_groups(), lr=0.1)
+    writer = SummaryWriter(tmp_path / "run")
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
+    options = {"histograms": True, "images": True, "custom_scalars": True}
+    with SparsityMonitor(reg, writer, every=2, optimizer=opt, **options) as monitor:
+        for _ in range(4):
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            opt.step()
+            monitor.step(loss=loss)
+        monitor.hparams({"lr": 0.1, "penalty": reg.assignments[0].penalty}, {"final/sparsity": monitor.report.fraction})
+    writer.close()
+
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "no sub-runs"
+    events = read(tmp_path / "run")
+    tags = events.Tags()
+    assert {"sparsity/total", "sparsity/0.weight", "loss/data", "loss/penalty", "zeros/new"} <= set(tags["scalars"])
+    assert [e.step for e in events.Scalars("sparsity/total")] == [2, 4]
+    assert events.Scalars("sparsity/total")[-1].value == pytest.approx(torchreg.sparsity(reg).fraction)
+    histogram = events.Histograms("weights/2.weight")[-1].histogram_value
+    kept = net[2].weight.detach()[net[2].weight != 0]
+    assert histogram.num == sum(histogram.bucket) == kept.numel()
+    assert histogram.min == pytest.approx(kept.min().item())
+    assert histogram.sum == pytest.approx(kept.sum().item(), rel=1e-4)
+    image = events.Images("mask/2.weight")[-1]
+    assert (image.height, image.width) == (20, 288), "pixels are repeated until the longer side is at least 256"
+    assert "custom_scalars__config__" in tags["tensors"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert events.Scalars("final/sparsity")[0].value == pytest.approx(torchreg.sparsity(reg).fraction)
+
+
+def test_tensorboardx_works_as_well(tmp_path):
+    tensorboardx = pytest.importorskip("tensorboardX")
+    writer = tensorboardx.SummaryWriter(str(tmp_path / "run"))
+    options = {"histograms": True, "images": True, "custom_scalars": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with SparsityMonitor(linear([0.0, 2.0], [1.0, 0.0]), writer, every=1, **options) as monitor:
+            monitor.step()
+            monitor.hparams({"lr": 0.1}, {"sparsity": 0.5})
+    writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    events = read(tmp_path / "run")
+    assert events.Scalars("sparsity/total")[0].value == 0.5
+    assert events.Histograms("weights/weight")[0].histogram_value.num == 2
+
+
+def test_tensorboards_server_serves_the_run(tmp_path):
+    writer = SummaryWriter(tmp_path / "run")
+    with SparsityMonitor(linear([0.0, 2.0]), writer, every=1) as monitor:
+        monitor.step()
+    writer.close()
+    server = program.TensorBoard()
+    server.configure(argv=[None, "--logdir", str(tmp_path), "--port", "0", "--load_fast", "false"])
+    url = server.launch()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    port = re.search(r":(\d+)", url.removeprefix("http://")).group(1)
+    with opener.open(f"http://localhost:{port}/data/plugin/scalars/tags", timeout=60) as answer:
+        tags = json.load(answer)
+    assert {"sparsity/total", "sparsity/weight"} <= set(tags["run"])
+
+
+class Failing(Recorder):
+    def add_scalar(self, tag, value, step):
+        raise OSError(28, "No space left on device")
+
+    def flush(self):
+        raise ValueError("closed")
+
+
+def test_a_failing_writer_warns_once_and_never_stops_the_training():
+    with pytest.warns(RuntimeWarning, match="No space left on device") as caught:
+        with SparsityMonitor(linear([0.0, 1.0]), Failing(), every=1) as monitor:
+            for _ in range(3):
+                monitor.step()
+    assert len(caught) == 1
+    assert monitor.report.fraction == 0.5
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_warns_and_never_stops_the_training(tmp_path):
+    """A real SummaryWriter whose file can't take a byte: its own thread fails, the next call tells."""
+    writer = SummaryWriter(tmp_path, flush_secs=1)
+    record_writer = writer.file_writer.event_writer._async_writer._writer
+    record_writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with SparsityMonitor(linear([0.0, 1.0]), writer, every=1) as monitor:
+            for _ in range(50):
+                monitor.step()
+    assert monitor.steps == 50
+    assert sum("nothing more is logged" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_what_the_writer_lacks_is_said_at_once(images):
+    with pytest.raises(TypeError, match="add_image" if images else "add_histogram_raw"):
+        SparsityMonitor(linear([1.0]), Recorder(), histograms=not images, images=images)
+    with pytest.raises(TypeError, match="add_scalar"):
+        SparsityMonitor(linear([1.0]), object())
+    with pytest.raises(TypeError, match="add_hparams"):
+        SparsityMonitor(linear([1.0]), Recorder()).hparams({}, {})
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, None])
+def test_a_senseless_interval_is_refused(every):
+    with pytest.raises(ValueError, match="positive integer"):
+        SparsityMonitor(linear([1.0]), Recorder(), every=every)
+
+
+def test_nothing_to_watch_is_refused():
+    with pytest.raises(TypeError, match="no floating point parameter"):
+        SparsityMonitor(nn.ReLU(), Recorder())
+
+
+def test_a_resumed_run_goes_on_along_the_same_axis():
+    net, writer = linear([0.0, 1.0]), Recorder()
+    first = SparsityMonitor(net, writer, every=2)
+    for _ in range(3):
+        first.step()
+    second = SparsityMonitor(net, writer, every=2)
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert [step for step, _ in writer.scalars["sparsity/total"]] == [2, 4]
+
+
+def test_histograms_of_awkward_weights():
+    from torchreg.monitor.pictures import Histogram, nonzero_histogram
+
+    def histogram(*values):
+        return Histogram.from_vector(nonzero_histogram(torch.tensor(values)))
+
+    assert histogram() is None
+    assert histogram(0.0, float("nan")) is None
+    one = histogram(0.0, 2.0, 2.0, float("inf"))
+    assert (one.count, one.least, one.greatest, sum(one.counts)) == (2, 2.0, 2.0, 2)
+    w = torch.randn(10_000)
+    many = Histogram.from_vector(nonzero_histogram(w))
+    counts, _ = np.histogram(w.numpy(), bins=64, range=(w.min().item(), w.max().item()))
+    assert np.abs(np.array(many.counts) - counts).max() <= 3, "up to rounding at the bins' edges"
+
+
+def test_large_masks_are_averaged_down():
+    from torchreg.monitor.pictures import mask_image
+
+    w = torch.zeros(1024, 30)
+    w[::2] = 1
+    image = mask_image(w)
+    assert image.shape == (512, 30)
+    assert set(image.unique().tolist()) <= {127, 128}
