@@ -1,7 +1,7 @@
 """Watch sparsity in TensorBoard while a network trains.
 
-    python examples/monitor_sparsity.py --logdir runs/monitor
-    tensorboard --logdir runs/monitor
+python examples/monitor_sparsity.py --logdir runs/monitor
+tensorboard --logdir runs/monitor
 """
 
 import argparse

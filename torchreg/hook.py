@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchreg import kernels
-from torchreg.penalties import from_dict
-from torchreg.penalties.base import host_scalar
+from torchreg.penalties import Penalty, from_dict
+from torchreg.penalties.base import checked_strength, host_scalar
 from torchreg.rules import PenalizedModel
 
-_attached: weakref.WeakKeyDictionary[Optimizer, list[PenaltyHandle]] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[PenaltyHandle]]] = weakref.WeakKeyDictionary()
 
 
 class PenaltyHandle:
@@ -24,6 +24,9 @@ class PenaltyHandle:
     Before each step the gradients are replaced by their sum with the penalty's, and put back after it. Attaching
     to the step rather than to the backward pass makes the strength independent of gradient accumulation, clipping
     and loss scaling: a fused optimizer that unscales by itself has its scale multiplied in.
+
+    After a step that raised, the gradients are put back by the next one or by ``remove()``, unless they have been
+    changed in between; a closure that raises finds them put back already.
     """
 
     regularizer: PenalizedModel
@@ -36,28 +39,28 @@ class PenaltyHandle:
                 f"{type(optimizer).__name__} applies penalties itself: build it from reg.param_groups() "
                 "instead of attaching, or attach to a plain torch optimizer."
             )
-        if any(handle.regularizer is regularizer for handle in _attached.get(optimizer, [])):
+        if any(handle.regularizer is regularizer for handle in _handles(optimizer)):
             raise ValueError("This regularizer is attached to this optimizer already; remove() the first handle first.")
         if not any(a.penalty is not None and id(a.parameter) in held for a in regularizer.assignments):
             raise ValueError("The optimizer holds none of the regularizer's penalised parameters.")
         self.regularizer = regularizer
         self._optimizer = weakref.ref(optimizer)
-        self._data_grads: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._data_grads: list[tuple[Tensor, Tensor, Tensor, int]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        _attached.setdefault(optimizer, []).append(self)
+        _attached.setdefault(optimizer, []).append(weakref.ref(self))
 
     def remove(self) -> None:
         """Detach from the optimizer. Calling it twice does no harm."""
-        self._restore()
+        self._restore(only_unchanged=True)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         optimizer = self._optimizer()
-        if optimizer is not None and self in _attached.get(optimizer, []):
-            _attached[optimizer].remove(self)
+        if optimizer is not None and self in _handles(optimizer):
+            _attached[optimizer].remove(weakref.ref(self))
 
     def __enter__(self) -> PenaltyHandle:
         return self
@@ -74,24 +77,33 @@ class PenaltyHandle:
         """Take over the saved strength scale and penalties, as an optimizer takes over its learning rate.
 
         Raises:
-            ValueError: if the saved penalties are for other parameters or shapes; then nothing is changed.
+            ValueError: if the saved penalties are for other parameters or shapes.
+            TypeError, ValueError: if a saved penalty or scale is not one. In no case is anything changed then.
         """
         mine = {a.name: a for a in self.regularizer.assignments if a.penalty is not None}
         if not isinstance(state, dict) or set(state) != {"strength_scale", "penalties"}:
             raise ValueError("Expected the state of a PenaltyHandle, with the keys 'strength_scale' and 'penalties'.")
-        saved = {name: from_dict(data) for name, data in state["penalties"].items()}
+        saved = _loaded(state["penalties"])
+        scale = torch.as_tensor(checked_strength("strength_scale", state["strength_scale"]))
+        if scale.numel() != 1:
+            raise ValueError(
+                f"Expected the saved `strength_scale` to be one number, got the shape {tuple(scale.shape)}."
+            )
         if set(saved) != set(mine):
             raise ValueError(
                 f"The saved penalties are for other parameters: {sorted(set(saved) ^ set(mine))} are only on one side."
             )
         for name, penalty in saved.items():
-            penalty.check_shape(mine[name].parameter.shape)
+            try:
+                penalty.check_shape(mine[name].parameter.shape)
+            except ValueError as error:
+                raise ValueError(f"Parameter {name!r}: {error}") from None
         for name, penalty in saved.items():
-            mine[name].penalty = penalty
-        self.regularizer.strength_scale.copy_(torch.as_tensor(state["strength_scale"]))
+            mine[name].penalty = penalty.to(mine[name].parameter.device)
+        self.regularizer.strength_scale.copy_(scale.reshape(()))
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._restore()  # a step that raised has left its sums behind
+        self._restore(only_unchanged=True)  # a step that raised has left its sums behind
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._add(optimizer)
@@ -117,8 +129,16 @@ class PenaltyHandle:
 
         return objective
 
-    @torch.no_grad()
     def _add(self, optimizer: Optimizer) -> None:
+        try:
+            self._replace_gradients(optimizer)
+        except BaseException:
+            for handle in reversed(_handles(optimizer)):
+                handle._put_back(only_unchanged=False)
+            raise
+
+    @torch.no_grad()
+    def _replace_gradients(self, optimizer: Optimizer) -> None:
         penalties = {id(p): (name, penalty) for name, p, penalty in self.regularizer.penalized()}
         grad_scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when the step itself unscales
         scale = host_scalar(self.regularizer.strength_scale)
@@ -138,20 +158,42 @@ class PenaltyHandle:
                 [penalties[id(p)][1] for p in chosen], chosen, [p.grad for p in chosen], factor
             )
             for p, total in zip(chosen, sums, strict=True):
-                self._data_grads.append((p, p.grad, total))
+                self._data_grads.append((p, p.grad, total, total._version))
                 p.grad = total
 
-    def _restore(self) -> None:
-        for p, grad, total in self._data_grads:
-            if p.grad is total:  # else a closure or the user has put another one there
+    def _restore(self, *, only_unchanged: bool = False) -> None:
+        """Put back the data's gradients: this handle's, after those of handles that have added to its sums."""
+        optimizer = self._optimizer()
+        handles = [] if optimizer is None else _handles(optimizer)
+        later = handles[handles.index(self) :] if self in handles else [self]
+        for handle in reversed(later):
+            handle._put_back(only_unchanged)
+
+    def _put_back(self, only_unchanged: bool) -> None:
+        for p, grad, total, version in self._data_grads:
+            if p.grad is not total:  # a closure or the user has put another one there
+                continue
+            if total._version == version or not only_unchanged:  # else zeroed or accumulated into: it is new data
                 p.grad = grad
         self._data_grads.clear()
 
 
+def _handles(optimizer: Optimizer) -> list[PenaltyHandle]:
+    """The handles attached to an optimizer, which keeps them alive through its hooks, in the order of attaching."""
+    return [handle for ref in _attached.get(optimizer, []) if (handle := ref()) is not None]
+
+
+def _loaded(penalties: Any) -> dict[str, Penalty]:
+    if not isinstance(penalties, dict):
+        raise TypeError(f"Expected the saved penalties to be a dict by parameter, got {type(penalties).__name__}.")
+    return {name: from_dict(data) for name, data in penalties.items()}
+
+
 def _unwrapped(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers such as Accelerate's, whose own ``step`` runs no hooks."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
+    inner = optimizer
+    while (inner := getattr(inner, "optimizer", None)) is not None:
+        optimizer = inner if isinstance(inner, Optimizer) else optimizer
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"Expected `optimizer` to be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     return optimizer

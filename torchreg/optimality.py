@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchreg.penalties import Penalty
+from torchreg.penalties.base import host_scalar
 from torchreg.rules import Assignment, PenalizedModel
 
 
@@ -35,7 +37,7 @@ def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = Non
     >>> torchreg.kkt_residual(reg, lambda: 0.75 * model(torch.ones(1, 1)).sum())
     tensor(0.2500)
     """
-    scale = reg.strength_scale
+    scale = host_scalar(reg.strength_scale)  # a float keeps the strengths of float64 weights exact
     assignments = [a for a in reg.assignments if a.parameter.requires_grad]
     grads = _gradients(reg.model, assignments, closure) if closure else [a.parameter.grad for a in assignments]
     worst = []
@@ -43,9 +45,9 @@ def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = Non
         if grad is None or grad.numel() == 0:
             continue
         if a.penalty is None:
-            residual = grad.abs()
+            residual = (grad if grad.layout == torch.strided else grad.to_dense()).abs()
         else:
-            factor = scale if scale.device.type == "cpu" else scale.to(grad.device)
+            factor = scale.to(grad.device, grad.real.dtype) if isinstance(scale, Tensor) else scale
             residual = a.penalty.scaled(factor).optimality_residual(a.parameter, grad)
         worst.append(residual.max().to(torch.promote_types(residual.dtype, torch.float32)))
     if not worst:
@@ -58,7 +60,8 @@ def strength_max(
 ) -> float | dict[str, float]:
     """The smallest strength at which all penalised weights stay zero: strengths are worth trying below it.
 
-    The gradient of f is taken with the penalised weights at zero and everything else as it is; for L1 the result is
+    The gradient of f is taken with the penalised weights at zero and everything else as it is (also the entries
+    that a tensor-valued strength leaves alone with a zero); for L1 the result is
     its largest modulus. It is in units of the penalty's strength (of l1 for Elastic Net), and infinite for L2. With
     rules of different strengths it is the one that all of them would need.
 
@@ -88,42 +91,56 @@ def strength_max(
     if not chosen:
         raise ValueError("The regularizer penalises no trainable parameter.")
     if per_parameter:
-        return {a.name: _strength_max(reg.model, [a], closure) for a in chosen}
-    return _strength_max(reg.model, chosen, closure)
-
-
-def _strength_max(model: nn.Module, chosen: list[Assignment], closure: Callable[[], Tensor]) -> float:
-    with _zeroed([a.parameter for a in chosen]):
-        grads = _gradients(model, chosen, closure)
-    largest = [
-        float(a.penalty.strength_max(grad))
-        for a, grad in zip(chosen, grads, strict=True)
-        if a.penalty is not None and grad is not None
-    ]
+        return {a.name: max(_strengths_max(reg.model, [a], closure), default=0.0) for a in chosen}
+    largest = _strengths_max(reg.model, chosen, closure)
     if not largest:
         raise ValueError("The closure's loss does not depend on the penalised parameters.")
     return max(largest)
 
 
+def _strengths_max(model: nn.Module, chosen: list[Assignment], closure: Callable[[], Tensor]) -> list[float]:
+    """One strength for each chosen parameter that the loss depends on."""
+    with _zeroed(chosen):
+        grads = _gradients(model, chosen, closure)
+    return [
+        float(a.penalty.strength_max(grad))
+        for a, grad in zip(chosen, grads, strict=True)
+        if a.penalty is not None and grad is not None
+    ]
+
+
 @contextmanager
-def _zeroed(parameters: list[nn.Parameter]) -> Iterator[None]:
-    saved = [p.detach().clone() for p in parameters]
+def _zeroed(chosen: list[Assignment]) -> Iterator[None]:
+    saved = [(a.parameter, a.parameter.detach().clone()) for a in chosen]
     try:
         with torch.no_grad():
-            for p in parameters:
-                p.zero_()
+            for a in chosen:
+                a.parameter.masked_fill_(_reached(a.penalty, a.parameter), 0)
         yield
     finally:
         with torch.no_grad():
-            for p, old in zip(parameters, saved, strict=True):
+            for p, old in saved:
                 p.copy_(old)
+
+
+def _reached(penalty: Penalty | None, p: Tensor) -> Tensor:
+    """Where a large enough multiple of the penalty makes zeros: all but the zero entries of its leading strength."""
+    leading = next(iter(penalty.strengths().values()), None) if penalty is not None else None
+    if isinstance(leading, Tensor) and leading.ndim:
+        return leading.to(p.device) > 0
+    return torch.ones((), dtype=torch.bool, device=p.device)
 
 
 def _gradients(model: nn.Module, wanted: list[Assignment], closure: Callable[[], Tensor]) -> list[Tensor | None]:
     """The gradients of the closure's loss, whether or not it calls backward itself; the model is left as it was."""
     parameters = list(model.parameters())
     saved_grads = [p.grad for p in parameters]
-    saved_buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    saved_buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         for p in parameters:
             p.grad = None
@@ -131,7 +148,7 @@ def _gradients(model: nn.Module, wanted: list[Assignment], closure: Callable[[],
             loss = closure()
             loss = loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else loss
         targets = [a.parameter for a in wanted]
-        if any(p.grad is not None for p in targets):
+        if any(p.grad is not None for p in parameters):
             return [p.grad for p in targets]
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError("Expected the closure to return the loss, a tensor of one element.")
@@ -142,5 +159,5 @@ def _gradients(model: nn.Module, wanted: list[Assignment], closure: Callable[[],
         for p, grad in zip(parameters, saved_grads, strict=True):
             p.grad = grad
         with torch.no_grad():
-            for buffer, old in saved_buffers:
-                buffer.copy_(old)
+            for module, name, buffer, old in saved_buffers:
+                module._buffers[name] = buffer.copy_(old)

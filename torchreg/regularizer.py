@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 from torchreg import kernels, tables
 from torchreg.hook import PenaltyHandle
 from torchreg.penalties import Penalty, Strength
-from torchreg.penalties.base import host_scalar
+from torchreg.penalties.base import checked_strength, host_scalar
 from torchreg.rules import Assignment, Rules, assign
 
 
@@ -38,7 +37,7 @@ class Regularizer(nn.Module):
 
     Attributes:
         strength_scale: a 0-d tensor (a buffer, part of ``state_dict()``) that multiplies all strengths. Assigning
-            a number fills it in place; the param groups share it.
+            a number or a one-element tensor fills it in place; the param groups share it.
 
     Raises:
         TypeError: if the model or the rules are of the wrong kind.
@@ -72,12 +71,14 @@ class Regularizer(nn.Module):
         self.register_buffer("strength_scale", torch.ones(()))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "strength_scale" and isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"Expected `strength_scale` to be a non-negative float or 0-d tensor, got {value}.")
-            self.strength_scale.fill_(value)
-        else:
+        if name != "strength_scale":
             super().__setattr__(name, value)
+            return
+        scale = checked_strength(name, value)
+        if isinstance(scale, Tensor) and scale.numel() != 1:
+            raise ValueError(f"Expected `strength_scale` to be one number, got a tensor of shape {tuple(scale.shape)}.")
+        with torch.no_grad():
+            self.strength_scale.copy_(torch.as_tensor(scale).reshape(()))
 
     def penalized(self) -> Iterator[tuple[str, nn.Parameter, Penalty]]:
         """The (name, parameter, penalty) of every parameter that a rule penalises, frozen ones left out."""
@@ -98,8 +99,9 @@ class Regularizer(nn.Module):
         penalties = [penalty for _, _, penalty in entries]
         scale = host_scalar(self.strength_scale)
         strengths = [s for penalty in penalties for s in penalty.strengths().values()]
-        if any(isinstance(s, Tensor) and s.requires_grad for s in strengths):
-            return kernels.total_value(penalties, weights) * scale  # autograd records the strengths, too
+        learned = any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
+        if learned or torch.compiler.is_compiling():
+            return kernels.total_value(penalties, weights) * scale  # autograd records, and a compiler fuses
         return _PenaltyTerm.apply(penalties, scale, *weights)
 
     def attach(self, optimizer: Optimizer) -> PenaltyHandle:
@@ -125,14 +127,14 @@ class Regularizer(nn.Module):
 
         Each holds ``params``, ``penalty`` and ``strength_scale`` (this regularizer's own tensor).
         """
-        groups: dict[int | None, dict[str, Any]] = {}
+        groups: dict[tuple[int | None, Penalty] | None, dict[str, Any]] = {}
         for a in self.assignments:
-            key = a.rule_index if a.penalty is not None else None
+            key = None if a.penalty is None else (a.rule_index, a.penalty)
             if key not in groups:
                 penalty = a.penalty and a.penalty.to(a.parameter.device)
                 groups[key] = {"params": [], "penalty": penalty, "strength_scale": self.strength_scale}
             groups[key]["params"].append(a.parameter)
-        order = sorted(groups, key=lambda index: (index is None, index))
+        order = sorted(groups, key=lambda key: (key is None, key and key[0]))
         return [groups[key] for key in order]
 
     def extra_repr(self) -> str:
@@ -171,6 +173,8 @@ class _PenaltyTerm(torch.autograd.Function):
 
 
 def _shape(p: Tensor) -> str:
+    if isinstance(p, nn.parameter.UninitializedParameter):
+        return "not initialised"
     return "×".join(map(str, p.shape)) or "scalar"
 
 

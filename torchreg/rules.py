@@ -66,8 +66,17 @@ class Assignment:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as the model holds it now (moving or sharding a model may replace it)."""
-        return self.module._parameters[self.attribute]  # type: ignore[return-value]
+        """The parameter as the model holds it now (moving or sharding a model may replace it).
+
+        Raises:
+            RuntimeError: if the model has it no more: parametrizing or pruning a layer replaces its weight.
+        """
+        p = self.module._parameters.get(self.attribute)
+        if p is None:
+            raise RuntimeError(
+                f"Parameter {self.name!r} is no longer in the model (parametrized or pruned?): apply the rules again."
+            )
+        return p
 
 
 class PenalizedModel(Protocol):
@@ -97,9 +106,8 @@ def assign(model: nn.Module, rules: Rules) -> list[Assignment]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be an nn.Module, got {_described(model)}.")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
     pairs = _pairs(rules)
+    model = _unwrapped(model)
     modules = {_clean(name): module for name, module in model.named_modules(remove_duplicate=False)}
     assignments = _parameters(model)
     for index, (selector, penalty) in enumerate(pairs):
@@ -181,14 +189,14 @@ def _pairs(rules: Rules) -> list[tuple[Any, Penalty | None]]:
         if not (isinstance(pair, tuple) and len(pair) == 2):
             raise TypeError(f"Expected each rule to be a pair (selector, penalty), got {_described(pair)}.")
         selector, penalty = pair
-        if penalty is not None and not isinstance(penalty, Penalty):
-            raise TypeError(
-                f"Expected the penalty of rule {_label(selector)} to be a Penalty or None, got {_described(penalty)}."
-            )
         if isinstance(selector, Penalty):
             raise TypeError(
                 "Expected a selector (glob, regex, module class, predicate or parameters) as the rule's key, "
                 f"got the penalty {selector!r}."
+            )
+        if penalty is not None and not isinstance(penalty, Penalty):
+            raise TypeError(
+                f"Expected the penalty of rule {_label(selector)} to be a Penalty or None, got {_described(penalty)}."
             )
     return pairs
 
@@ -209,6 +217,17 @@ def _parameters(model: nn.Module) -> list[Assignment]:
     return list(by_id.values())
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and the parallel wrappers, whose parameters have the names the user knows."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def _matcher(
     selector: Any, label: str, modules: Mapping[str, nn.Module], assignments: list[Assignment]
 ) -> Callable[[Assignment], bool]:
@@ -223,6 +242,11 @@ def _matcher(
         if not issubclass(selector, nn.Module):
             raise TypeError(f"Expected a module class as the rule's key, got the class {selector.__name__}.")
         return lambda a: any(_in_class(name, selector, modules) for name in a.aliases)
+    if isinstance(selector, nn.Module):
+        raise TypeError(
+            f"Expected the class or the name of a module as the rule's key, got the {label} itself; "
+            "its parameters are tuple(module.parameters())."
+        )
     if isinstance(selector, Tensor) or (isinstance(selector, Iterable) and not callable(selector)):
         wanted = _listed(selector, label, assignments)
         return lambda a: id(a.parameter) in wanted
@@ -241,7 +265,7 @@ def _listed(selector: Any, label: str, assignments: list[Assignment]) -> set[int
     for position, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"Expected parameters in rule {label}, got {_described(tensor)} at position {position}.")
-        shape = tuple(tensor.shape)
+        shape = "unknown" if isinstance(tensor, nn.parameter.UninitializedParameter) else tuple(tensor.shape)
         if id(tensor) not in known:
             leaf = "" if tensor.is_leaf else " (it is the result of an operation, not a leaf)"
             raise ValueError(
@@ -317,9 +341,11 @@ def _label(selector: Any) -> str:
         return selector.__name__
     if isinstance(selector, _Weights):
         return "default"
+    if isinstance(selector, nn.parameter.UninitializedParameter):
+        return "uninitialised parameter"
     if isinstance(selector, Tensor):
         return f"parameter of shape {tuple(selector.shape)}"
-    if callable(selector):
+    if callable(selector) and not isinstance(selector, nn.Module):
         return getattr(selector, "__name__", type(selector).__name__)
     if isinstance(selector, (list, tuple)):
         return f"list of {len(selector)} parameters"

@@ -6,23 +6,28 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from torchreg.kernels import reference
+from torchreg.kernels import reference, tiled
+from torchreg.kernels.penalties import shrinkage
 from torchreg.kernels.problem import SGDStep, SGDTensors
 from torchreg.penalties import Penalty
-from torchreg.penalties.separable import _Shrinkage
 
 
 def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:
-    """One step of every parameter, in place. Half-precision tensors with a penalty go to the reference."""
-    if not tensors.params:
-        return
-    grouped = Optimizer._group_tensors_by_device_and_dtype([tensors.params], with_indices=True)  # type: ignore[list-item]
-    for _, indices in grouped.values():
-        part = tensors.take(list(indices))
-        if step.penalty is not None and part.params[0].dtype in reference.HALF:
+    """One step of every parameter, in place.
+
+    Half-precision tensors go to the reference where it computes in float32. With a penalty those on the CPU, where an
+    operation is no launch but a pass over memory, are taken tile by tile.
+    """
+    parts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, param in enumerate(tensors.params):
+        parts.setdefault((param.device, param.dtype), []).append(i)
+    for (device, dtype), indices in parts.items():
+        part = tensors.take(indices)
+        if dtype in reference.HALF and (step.penalty is not None or isinstance(step.lr, Tensor)):
             reference.prox_sgd(part, step)
+        elif device.type == "cpu" and step.penalty is not None and not torch.compiler.is_compiling():
+            tiled.prox_sgd(part, step)
         else:
             _update(part, step)
 
@@ -54,18 +59,13 @@ def _accumulate(buffers: list[Tensor], grads: list[Tensor], first: list[bool], s
 
 
 def _prox_(params: list[Tensor], penalty: Penalty, prox_step: float | Tensor) -> None:
-    """The penalty's prox in place: three multi-tensor operations where it is a shrinkage by plain numbers.
-
-    On the CPU, where an operation is no launch, `Penalty.prox_` makes one pass over memory instead of three.
-    """
-    shrinkage = None
-    if isinstance(penalty, _Shrinkage) and not isinstance(prox_step, Tensor):
-        shrinkage = penalty.shrinkage(prox_step)
-    if shrinkage is None or params[0].device.type == "cpu" or params[0].is_complex():
+    """The penalty's prox in place: three multi-tensor operations where it is a shrinkage by plain numbers."""
+    shrink = shrinkage(penalty, prox_step)
+    if shrink is None or params[0].is_complex():
         for param in params:
             penalty.prox_(param, prox_step)
         return
-    threshold, divisor = shrinkage
+    threshold, divisor = shrink
     if threshold != 0:
         clamped = torch._foreach_clamp_min(params, -threshold)
         torch._foreach_clamp_max_(clamped, threshold)

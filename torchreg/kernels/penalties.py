@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import arithmetic
+from torchreg.penalties.separable import _Shrinkage
 
 
 def total_value(penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> Tensor:
@@ -34,8 +35,15 @@ def added_gradients(
     ]
 
 
+def shrinkage(penalty: Penalty | None, step: float | Tensor) -> tuple[float, float] | None:
+    """The (threshold, divisor) of a penalty whose prox is a shrinkage by plain numbers, else None."""
+    if not isinstance(penalty, _Shrinkage) or isinstance(step, Tensor):
+        return None
+    return penalty.shrinkage(step)
+
+
 def _gradient(penalty: Penalty, w: Tensor, factor: float | Tensor) -> Tensor:
     grad = penalty.grad(arithmetic(w))
     if isinstance(factor, Tensor):
-        factor = factor.to(device=grad.device, dtype=grad.real.dtype)
+        factor = factor.to(device=grad.device, dtype=grad.real.dtype).reshape(())
     return grad * factor if torch.is_grad_enabled() else grad.mul_(factor)

@@ -29,7 +29,7 @@ def stochastic_round_(target: Tensor, values: Tensor, seed: int | Tensor) -> Non
     up = _uniform(target, seed) < fraction
     rounded = torch.copysign(torch.where(up, high, low), values)
     exact = ~torch.isfinite(nearest) | (nearest.float() == values)
-    target.copy_(torch.where(exact, nearest.float(), rounded))
+    target.copy_(torch.where(exact, nearest.float(), rounded) + 0)  # no −0.0
 
 
 def _uniform(target: Tensor, seed: int | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchreg.penalties import Penalty, from_dict
+from torchreg.penalties.base import host_scalar
 
 _SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 _LABEL_KEYS = {"params", "param_names", "name"}
@@ -35,19 +36,16 @@ def checked_penalty(penalty: Any) -> Penalty | None:
 
 
 def checked_scale(scale: Any) -> float | Tensor:
-    """Return a strength scale, or raise. A tensor's value is not read: that would stall a device."""
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1 or not scale.is_floating_point():
-            raise ValueError(
-                "Expected `strength_scale` to be a float or 0-d tensor, "
-                f"got a tensor of shape {tuple(scale.shape)} and {scale.dtype}."
-            )
-        return scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"Expected `strength_scale` to be a non-negative float or 0-d tensor, got {scale!r}.")
-    if not (scale >= 0 and math.isfinite(scale)):
-        raise ValueError(f"Expected `strength_scale` to be a non-negative float or 0-d tensor, got {scale}.")
-    return float(scale)
+    """Return a strength scale, or raise. A device's tensor is not read: that would stall it."""
+    allowed = "Expected `strength_scale` to be a non-negative float or 0-d tensor"
+    if isinstance(scale, Tensor) and (scale.numel() != 1 or not scale.is_floating_point()):
+        raise ValueError(f"{allowed}, got a tensor of shape {tuple(scale.shape)} and {scale.dtype}.")
+    value = host_scalar(scale.reshape(())) if isinstance(scale, Tensor) else scale
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{allowed}, got {value!r}.")
+    if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{allowed}, got {value}.")
+    return scale if isinstance(scale, Tensor) else float(scale)
 
 
 def check_penalized_params(group: Mapping[str, Any], index: int) -> None:
@@ -71,20 +69,44 @@ def check_penalized_params(group: Mapping[str, Any], index: int) -> None:
 
 
 def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state dict with penalties in their plain dict form."""
-    groups = [
-        {**group, "penalty": group["penalty"].to_dict()} if isinstance(group.get("penalty"), Penalty) else group
-        for group in state_dict["param_groups"]
-    ]
-    return {**state_dict, "param_groups": groups}
+    """An optimizer's state dict with penalties in their plain dict form, and strength scales as they are now."""
+    return {**state_dict, "param_groups": [_packed_group(group) for group in state_dict["param_groups"]]}
+
+
+def _packed_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    plain = dict(group)
+    if isinstance(plain.get("penalty"), Penalty):
+        plain["penalty"] = plain["penalty"].to_dict()
+    if isinstance(plain.get("strength_scale"), Tensor):
+        plain["strength_scale"] = plain["strength_scale"].detach().clone()
+    return plain
+
+
+def check_form(state_dict: Any) -> None:
+    """Raise ``ValueError`` unless this looks like an optimizer's state dict."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        given = f"the keys {sorted(map(str, state_dict))}" if isinstance(state_dict, Mapping) else repr(state_dict)
+        raise ValueError(f"Expected an optimizer's state dict, with 'state' and 'param_groups', got {given:.200}.")
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(groups, list) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+        raise ValueError("Expected 'param_groups' of a state dict to be a list of dicts, each with 'params'.")
+    if not isinstance(state, Mapping) or not all(isinstance(entries, Mapping) for entries in state.values()):
+        raise ValueError("Expected 'state' of a state dict to be a dict with a dict for each parameter.")
+
+
+def check_required(groups: Iterable[Mapping[str, Any]], required: Iterable[str], optimizer: str) -> None:
+    """Raise ``ValueError`` if a loaded group lacks a hyperparameter."""
+    for i, group in enumerate(groups):
+        missing = [key for key in required if key not in group]
+        if missing:
+            raise ValueError(
+                f"Group {i} of the state dict lacks {', '.join(map(repr, missing))}: it is of another optimizer than "
+                f"{optimizer}."
+            )
 
 
 def adopt_penalties(groups: list[dict[str, Any]], current: list[dict[str, Any]]) -> None:
-    """Turn loaded groups' penalties back into objects, in place; what a group lacks comes from the current one.
-
-    A strength scale that is a tensor now stays that tensor, which schedules and regularizers share, and takes over
-    the loaded value.
-    """
+    """Turn loaded groups' penalties back into objects, in place; what a group lacks comes from the current one."""
     adopted = []
     for i, group in enumerate(groups):
         mine: Mapping[str, Any] = current[i] if i < len(current) else {}
@@ -98,6 +120,10 @@ def adopt_penalties(groups: list[dict[str, Any]], current: list[dict[str, Any]])
             penalty = penalty.to(group["params"][0].device)
         group["penalty"], group["strength_scale"] = penalty, scale
         check_penalized_params(group, i)
+
+
+def share_scales(groups: list[dict[str, Any]], current: list[dict[str, Any]]) -> None:
+    """Keep strength scales that are tensors now, which schedules and regularizers share; they take the loaded value."""
     for i, group in enumerate(groups):
         shared = current[i].get("strength_scale") if i < len(current) else None
         if isinstance(shared, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,15 @@ from torchreg.kernels.reference import HALF
 from torchreg.optim.gain import sgd_momentum_gain
 from torchreg.optim.groups import (
     adopt_penalties,
+    check_form,
     check_keys,
     check_penalized_params,
+    check_required,
     check_state_shapes,
     checked_penalty,
     checked_scale,
     packed,
+    share_scales,
 )
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import host_scalar
@@ -127,13 +131,16 @@ class ProxSGD(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by unpickling, deepcopy and load_state_dict alike; checks before it changes anything."""
-        groups, per_param = state["param_groups"], state["state"]
-        adopt_penalties(groups, self.__dict__.get("param_groups", []))
-        check_state_shapes(groups, per_param, ("momentum_buffer",))
+        groups, current = state["param_groups"], self.__dict__.get("param_groups", [])
+        check_required(groups, ("lr", "momentum", "dampening", "weight_decay"), "ProxSGD or torch.optim.SGD")
+        adopt_penalties(groups, current)
+        check_state_shapes(groups, state["state"], ("momentum_buffer",))
         for group in groups:
             for key, default in _LATER_KEYS.items():
                 group.setdefault(key, default)
+            group["fused"] = None  # torch.optim.SGD's may say True
             _check_group(group)
+        share_scales(groups, current)
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,6 +159,16 @@ class ProxSGD(Optimizer):
         """The state as numbers, strings and tensors; penalties in their dict form."""
         return packed(super().state_dict())
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of `ProxSGD` or torch.optim.SGD; one that does not fit is refused and changes nothing.
+
+        Raises:
+            ValueError: if it is no optimizer's state, or one of other groups, shapes or hyperparameters.
+            TypeError: if a hyperparameter or penalty in it is of the wrong type.
+        """
+        check_form(state_dict)
+        super().load_state_dict(state_dict)
+
     @staticmethod
     def effective_step(group: Mapping[str, Any]) -> float | Tensor:
         """τ = lr·G·strength_scale, the step of the proximal operator in this group (a weight's threshold is τ·λ)."""
@@ -161,7 +178,13 @@ class ProxSGD(Optimizer):
         lr, scale = _number(group, "lr"), _number(group, "strength_scale")
         if isinstance(lr, Tensor) and isinstance(scale, Tensor):
             scale = scale.to(lr.device)
-        return lr * gain * scale
+        step = lr * gain * scale
+        if not isinstance(step, Tensor) and not (step >= 0 and math.isfinite(step)):
+            raise ValueError(
+                "Expected `lr` and `strength_scale` to be non-negative and finite beside a penalty, "
+                f"got {group['lr']} and {group['strength_scale']}."
+            )
+        return step
 
     @_use_grad_for_differentiable
     def step(self, closure: Any = None) -> Any:
@@ -179,24 +202,27 @@ class ProxSGD(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return loss
+        steps = [self._hyperparameters(group) for group in self.param_groups]  # may raise: before any change
+        count = any(map(_rounds, self.param_groups))
         offset = 0
-        for group in self.param_groups:
-            tensors = self._init_group(group, offset)
+        for group, step in zip(self.param_groups, steps, strict=True):
+            kernels.prox_sgd(self._collect(group, offset, count), step, foreach=group["foreach"])
             offset += len(group["params"])
-            step = kernels.SGDStep(
-                lr=_read(_number(group, "lr"), group),
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                penalty=group["penalty"],
-                prox_step=self.effective_step(group),
-                stochastic_rounding=group["stochastic_rounding"],
-                differentiable=group["differentiable"],
-            )
-            kernels.prox_sgd(tensors, step, foreach=group["foreach"])
         return loss
+
+    def _hyperparameters(self, group: Mapping[str, Any]) -> kernels.SGDStep:
+        return kernels.SGDStep(
+            lr=_read(_number(group, "lr"), group),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            penalty=checked_penalty(group["penalty"]),
+            prox_step=self.effective_step(group),
+            stochastic_rounding=group["stochastic_rounding"],
+            differentiable=group["differentiable"],
+        )
 
     def _refuse_sparse_gradients(self) -> None:
         for index, group in enumerate(self.param_groups):
@@ -208,8 +234,13 @@ class ProxSGD(Optimizer):
                         f"{p.grad.layout}; build its embedding with sparse=False."
                     )
 
-    def _init_group(self, group: dict[str, Any], offset: int) -> kernels.SGDTensors:
-        """Collect the parameters that have a gradient, and create their state where it is missing."""
+    def _collect(self, group: dict[str, Any], offset: int, count: bool) -> kernels.SGDTensors:
+        """The parameters that have a gradient, and their state, created where it is missing.
+
+        With ``count`` all get a step counter, also those that are not rounded: torch.distributed.checkpoint expects
+        a state for all parameters or for none.
+        Not named ``_init_group`` as in torch: torch.compile calls a method of that name instead of tracing it.
+        """
         tensors = kernels.SGDTensors()
         grad_scale = getattr(self, "grad_scale", None)
         for index, p in enumerate(group["params"], start=offset):
@@ -219,22 +250,27 @@ class ProxSGD(Optimizer):
             tensors.grads.append(p.grad if grad_scale is None else p.grad / grad_scale.to(p.device))
             if group["momentum"] != 0:
                 state = self.state[p]
-                tensors.first.append("momentum_buffer" not in state)
-                if "momentum_buffer" not in state:
+                tensors.first.append(state.get("momentum_buffer") is None)
+                if tensors.first[-1]:
                     state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 tensors.momentum_buffers.append(state["momentum_buffer"])
-            if group["penalty"] is not None and group["stochastic_rounding"]:
-                tensors.seeds.append(self._rounding_seed(p, index, group) if p.dtype in HALF else 0)
+            if count:
+                tensors.seeds.append(self._rounding_seed(p, index, group))
         return tensors
 
     def _rounding_seed(self, p: Tensor, index: int, group: Mapping[str, Any]) -> int | Tensor:
-        """A number that differs between steps and between parameters, and agrees between replicas."""
+        """Count the step; a number that differs between steps and between parameters, and agrees between replicas."""
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
         state["step"] += 1
         step = state["step"].long() if group["capturable"] else int(state["step"])
         return step * 0x9E3779B1 + index * 0x85EBCA77
+
+
+def _rounds(group: Mapping[str, Any]) -> bool:
+    """Whether the group's steps round stochastically."""
+    return group["penalty"] is not None and group["stochastic_rounding"] and any(p.dtype in HALF for p in group["params"])
 
 
 def _number(group: Mapping[str, Any], key: str) -> float | Tensor:

@@ -36,6 +36,8 @@ def checked_strength(name: str, value: Any) -> Strength:
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             raise TypeError(f"{allowed} of a floating dtype, got a tensor of {value.dtype}.")
+        if value.layout != torch.strided:
+            raise TypeError(f"{allowed}, dense (strided), got the layout {value.layout}.")
         bad = ~(torch.isfinite(value) & (value >= 0))
         if bool(bad.any()):
             raise ValueError(f"{allowed}, got a tensor with the entry {value[bad].flatten()[0].item()}.")
@@ -64,13 +66,20 @@ def checked_step(step: Step, w: Tensor) -> Step:
 
     The values of a step tensor with more than one element are not read: that would stall a device.
     """
-    if isinstance(step, Tensor) and not broadcasts(step.shape, w.shape):
-        raise ValueError(
-            f"Expected `step` to broadcast to the weight's shape {tuple(w.shape)}, got the shape {tuple(step.shape)}."
-        )
+    allowed = "Expected `step` to be a non-negative float or tensor"
+    if isinstance(step, Tensor):
+        if step.is_complex() or step.layout != torch.strided:
+            raise TypeError(f"{allowed}, real and dense, got a tensor of {step.dtype} and layout {step.layout}.")
+        if not broadcasts(step.shape, w.shape):
+            raise ValueError(
+                f"Expected `step` to broadcast to the weight's shape {tuple(w.shape)}, "
+                f"got the shape {tuple(step.shape)}."
+            )
+    elif isinstance(step, bool) or not isinstance(step, numbers.Real):
+        raise TypeError(f"{allowed}, got {step!r}.")
     step = like(step, w)
     if not isinstance(step, Tensor) and not (step >= 0 and math.isfinite(step)):
-        raise ValueError(f"Expected `step` to be a non-negative float or tensor, got {step}.")
+        raise ValueError(f"{allowed}, got {step}.")
     return step
 
 
@@ -86,7 +95,7 @@ def like(value: Strength | Step, w: Tensor) -> Strength | Step:
     """
     value = host_scalar(value)
     if not isinstance(value, Tensor):
-        return value
+        return value if isinstance(value, float) else float(value)
     return value.to(device=w.device, dtype=w.dtype.to_real() if w.is_complex() else w.dtype)
 
 
@@ -118,10 +127,14 @@ class Penalty(ABC):
     """
 
     type_name: ClassVar[str]
+    _strength_names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.type_name = cls.__name__
+        own = [name for name, value in vars(cls).items() if isinstance(value, dataclasses.Field)]
+        strengths = tuple(name for name in own if vars(cls)[name].metadata.get("strength"))
+        cls._strength_names = cls._strength_names + strengths  # here, since torch.compile cannot trace fields()
         if not cls.__name__.startswith("_"):
             _REGISTRY[cls.__name__] = cls
 
@@ -171,7 +184,7 @@ class Penalty(ABC):
     @classmethod
     def strength_names(cls) -> tuple[str, ...]:
         """The names of the fields that hold strengths."""
-        return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("strength"))  # type: ignore[arg-type]
+        return cls._strength_names
 
     def strengths(self) -> dict[str, Strength]:
         """The strengths by name."""

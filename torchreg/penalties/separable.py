@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -75,18 +76,24 @@ class _Shrinkage(Penalty):
         x, l1, l2 = self._prepared(w)
         if _is_zero(l1):
             return (x * (2 * l2)).to(w.dtype)
-        result = torch.sgn(x) * l1
-        if not _is_zero(l2):
-            result = result + x * (2 * l2)
+        result = torch.sgn(x)
+        out = None if torch.is_grad_enabled() else result  # autograd keeps what it records, else no temporaries
+        result = torch.mul(result, l1, out=out)
+        if isinstance(l2, Tensor):
+            result = torch.addcmul(result, x, l2.to(x.dtype), value=2, out=out)
+        elif l2 != 0:
+            result = torch.add(result, x, alpha=2 * l2, out=out)
         return result.to(w.dtype)
 
     def prox(self, w: Tensor, step: Step = 1.0) -> Tensor:
         x, l1, l2 = self._prepared(w)
         step = checked_step(step, x)
-        result = x if _is_zero(l1) else soft_threshold(x, l1 * step)
-        if not _is_zero(l2):
-            result = result / (1 + 2 * l2 * step)
-        result = result.to(w.dtype)
+        threshold, divisor = l1 * step, 1 + 2 * l2 * step
+        result = x if _is_zero(threshold) else soft_threshold(x, threshold)
+        if isinstance(divisor, Tensor) or divisor != 1:
+            result = _divided(result, divisor)
+        if x is not w:
+            return result.to(w.dtype) + 0  # where rounding gives −0.0, +0.0
         return result.clone() if result is w else result
 
     @torch.no_grad()
@@ -97,19 +104,13 @@ class _Shrinkage(Penalty):
         if x is not w or w.is_complex() or isinstance(threshold, Tensor) or isinstance(divisor, Tensor):
             return w.copy_(self.prox(w, step))
         for part in tiles.tiles(w) if tiles.is_tiled(w) else (w,):
-            if threshold != 0:
-                part.sub_(torch.clamp(part, -threshold, threshold))
-            if divisor != 1:
-                part.div_(divisor)
+            tiles.shrink_(part, threshold, divisor)
         return w
 
     def optimality_residual(self, w: Tensor, grad: Tensor) -> Tensor:
-        x, l1, l2 = self._prepared(w)
+        x, l1, _ = self._prepared(w)
         g = arithmetic(checked_weight(grad))
-        if not _is_zero(l2):
-            g = g + x * (2 * l2)
-        at_zero = (g.abs() - l1).clamp_min(0)
-        return torch.where(x == 0, at_zero, (g + torch.sgn(x) * l1).abs())
+        return torch.where(x == 0, (g.abs() - l1).clamp_min(0), (g + self.grad(x)).abs())
 
     def threshold(self, step: float | Tensor) -> float | Tensor:
         l1 = host_scalar(self.parts()[0])
@@ -188,7 +189,7 @@ class L2(_Shrinkage):
         """Infinity, unless the gradient is zero: no ridge strength makes w = 0 optimal."""
         g, _, _ = self._prepared(grad)
         g = g.abs()
-        return torch.where((g > 0).any(), math.inf, 0.0).to(g.dtype)
+        return torch.where((g != 0).any(), math.inf, 0.0).to(g.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,17 +229,24 @@ class ElasticNet(_Shrinkage):
         ElasticNet(l1=1.5, l2=0.25)
 
         Raises:
-            ValueError: if ``alpha`` is not a strength or ``l1_ratio`` is outside [0, 1].
+            ValueError: if ``alpha`` is negative, NaN or infinite, or ``l1_ratio`` is outside [0, 1].
+            TypeError: if ``alpha`` is not a real number or a floating tensor, or ``l1_ratio`` not a real number.
         """
         alpha = checked_strength("alpha", alpha)
-        if isinstance(l1_ratio, bool) or not isinstance(l1_ratio, (int, float)):
+        if isinstance(l1_ratio, bool) or not isinstance(l1_ratio, numbers.Real):
             raise TypeError(f"Expected `l1_ratio` to be a number in [0, 1], got {l1_ratio!r}.")
         if not 0 <= l1_ratio <= 1:
             raise ValueError(f"Expected `l1_ratio` to be in [0, 1], got {l1_ratio}.")
-        return cls(l1=alpha * l1_ratio, l2=alpha * (1 - l1_ratio) / 2)
+        ratio = float(l1_ratio)
+        return cls(l1=alpha * ratio, l2=alpha * (1 - ratio) / 2)
 
     def parts(self) -> tuple[Strength, Strength]:  # noqa: D102
         return self.l1, self.l2
+
+
+def _divided(x: Tensor, divisor: float | Tensor) -> Tensor:
+    """``x / divisor``, the parts of complex numbers each by itself: torch's own division makes inf + nan·i of inf."""
+    return torch.complex(x.real / divisor, x.imag / divisor) if x.is_complex() else x / divisor
 
 
 def _is_zero(part: Strength) -> bool:

@@ -18,7 +18,12 @@ def is_tiled(w: Tensor) -> bool:
 
 def is_dense(w: Tensor) -> bool:
     """Whether the elements fill one block of memory, in any order of dimensions."""
-    return torch.ops.aten.is_non_overlapping_and_dense.default(w)
+    expected = 1
+    for stride, size in sorted(zip(w.stride(), w.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return w.numel() == 0
+        expected *= size
+    return True
 
 
 def tiles(w: Tensor) -> Iterator[Tensor]:
@@ -37,3 +42,11 @@ def norm(w: Tensor, order: float) -> Tensor:
     if is_tiled(w):
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t, order) for t in tiles(w)]), order)
     return torch.linalg.vector_norm(w, order)
+
+
+def shrink_(w: Tensor, threshold: float, divisor: float, scratch: Tensor | None = None) -> None:
+    """Soft-threshold and divide a real tensor in place; ``scratch`` spares the allocation of a temporary."""
+    if threshold != 0:
+        w.sub_(torch.clamp(w, -threshold, threshold, out=scratch))
+    if divisor != 1:
+        w.div_(divisor)

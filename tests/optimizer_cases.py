@@ -1,0 +1,102 @@
+"""The one table of optimizers that all generic tests run over: a new optimizer is one more row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchreg import L1, L2, ElasticNet, ProxSGD
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """An optimizer, and hyperparameters that are allowed beside a penalty."""
+
+    optimizer: type[Optimizer]
+    hyperparameters: dict[str, dict[str, Any]]
+    lr: float = 0.1
+
+    def __call__(self, params: Any, **kwargs: Any) -> Optimizer:
+        return self.optimizer(params, **{"lr": self.lr, **kwargs})
+
+
+OPTIMIZERS = {
+    "ProxSGD": OptimizerCase(
+        ProxSGD,
+        {
+            "plain": {},
+            "momentum": {"momentum": 0.9},
+            "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+            "dampening": {"momentum": 0.9, "dampening": 0.5},
+            "maximize": {"momentum": 0.5, "maximize": True, "weight_decay": 0.1},
+        },
+    ),
+}
+
+PENALTIES = {
+    "L1": L1(0.3),
+    "L2": L2(0.4),
+    "ElasticNet": ElasticNet(0.3, 0.4),
+    "L1 of a 0-d tensor": L1(torch.tensor(0.3)),
+    "ElasticNet per coordinate": ElasticNet(torch.tensor([0.0, 0.1, 0.6]), torch.tensor([0.2, 0.0, 0.4])),
+}
+
+optimizers = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
+optimizers_and_hyperparameters = pytest.mark.parametrize(
+    ("case", "hyper"),
+    [
+        pytest.param(case, hyper, id=f"{name}-{label}")
+        for name, case in OPTIMIZERS.items()
+        for label, hyper in case.hyperparameters.items()
+    ],
+)
+penalties = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+foreach_or_not = pytest.mark.parametrize("foreach", [False, True, None], ids=["loop", "foreach", "default"])
+
+
+def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:
+    """Weights of many shapes and strides whose last dimension is 3, with their gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randn(4, 3, generator=generator),
+        torch.randn(3, generator=generator),
+        torch.randn(0, 3, generator=generator),
+        torch.randn(3, 5, generator=generator).T,
+        torch.randn(2, 3, 2, 3, generator=generator).to(memory_format=torch.channels_last),
+        torch.randn(4, 6, generator=generator)[:, ::2],
+    ]
+    params = [torch.nn.Parameter(_as(t, dtype)) for t in tensors]
+    set_gradients(params, seed)
+    return params
+
+
+def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for p in params:
+        p.grad = _as(torch.randn(p.shape, generator=generator), p.dtype)
+
+
+def snapshot(params: list[torch.nn.Parameter]) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def identical(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether all tensors are equal to the last bit, NaN to NaN and -0.0 not to +0.0."""
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and x.shape == y.shape and bool((_bits(x) == _bits(y)).all())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.complex(t, t.flip(-1)).to(dtype) if dtype.is_complex else t.to(dtype)
+
+
+def _bits(t: Tensor) -> Tensor:
+    t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    return t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])

@@ -1,0 +1,362 @@
+"""``torchreg compare``: its results, its files, and one line for every bad input."""
+
+import os
+import pickle
+import re
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import assert_refused, mnist_like, run_json
+
+import torchreg
+from torchreg.cli import main
+
+METHODS = ["none", "l2-loss", "l1-loss", "l1-prox", "elastic-net-prox"]
+SMALL = ["--steps", "30", "--seeds", "2", "--hidden", "16"]
+VARYING = {"seconds", "logdir", "figure", "step_time", "step_time_ratio"}
+
+
+def without_varying(value):
+    if isinstance(value, dict):
+        return {k: without_varying(v) for k, v in value.items() if k not in VARYING}
+    return [without_varying(v) for v in value] if isinstance(value, list) else value
+
+
+# compare: results
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """One full-length seed on the digits: the bar that the project sets itself."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    logdir = tmp_path_factory.mktemp("digits") / "runs"
+    document = run_json(["compare", "--seeds", "1", "--logdir", str(logdir)])
+    return document, logdir
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A few steps of two seeds on data in MNIST's format."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("small")
+    path = mnist_like(folder / "toy.npz")
+    logdir = folder / "runs"
+    document = run_json(["compare", "--data", str(path), *SMALL, "--logdir", str(logdir)])
+    return document, logdir, path
+
+
+def results(document, quantity):
+    return {entry["method"]: entry["mean"][quantity] for entry in document["methods"]}
+
+
+def test_prox_sgd_leaves_80_percent_zeros_within_a_point_of_accuracy_on_digits(digits):
+    accuracy, sparsity = results(digits[0], "accuracy"), results(digits[0], "sparsity")
+    assert accuracy["none"] > 0.96
+    assert sparsity["l1-prox"] >= 0.8
+    assert accuracy["l1-prox"] >= accuracy["none"] - 0.01
+    assert sparsity["elastic-net-prox"] >= 0.8
+    assert sparsity["none"] == sparsity["l2-loss"] == sparsity["l1-loss"] == 0
+
+
+def test_both_routes_of_l1_reach_the_same_objective_on_digits(digits):
+    objective, norm = results(digits[0], "objective"), results(digits[0], "l1_norm")
+    assert objective["l1-loss"] == pytest.approx(objective["l1-prox"], rel=0.03)
+    assert norm["l1-loss"] == pytest.approx(norm["l1-prox"], rel=0.1)
+    assert norm["none"] > 3 * norm["l1-prox"]
+
+
+def test_elastic_net_has_smaller_weights_than_l1_on_digits(digits):
+    largest, l2_norm = results(digits[0], "largest_weight"), results(digits[0], "l2_norm")
+    assert largest["elastic-net-prox"] < 0.8 * largest["l1-prox"]
+    assert l2_norm["elastic-net-prox"] < 0.8 * l2_norm["l1-prox"]
+
+
+def test_l1_stops_reading_border_pixels_on_digits(digits):
+    used = results(digits[0], "inputs_used")
+    assert used["none"] == used["l1-loss"] == 64
+    assert 20 <= used["l1-prox"] <= 55
+
+
+def test_conclusion_names_the_numbers(digits):
+    document = digits[0]
+    text = " ".join(document["conclusion"])
+    assert f"{100 * results(document, 'sparsity')['l1-prox']:.1f} % of the weights are exactly zero" in text
+    assert "L1 in the loss has none" in text
+
+
+def test_json_document_has_every_quantity_of_every_run(small):
+    document = small[0]
+    assert set(document) == {
+        *("torchreg", "torch", "data", "settings", "methods", "conclusion", "seconds", "logdir", "figure")
+    }
+    assert document["torchreg"] == torchreg.__version__
+    assert document["data"] == {"name": "toy", "train": 200, "test": 60, "inputs": 36, "classes": 3}
+    assert document["settings"]["steps"] == 30
+    assert [entry["method"] for entry in document["methods"]] == METHODS
+    quantities = {
+        *("accuracy", "sparsity", "inputs_used", "l1_norm", "l2_norm", "largest_weight", "data_loss", "objective"),
+        *("kkt_residual", "step_time"),
+    }
+    for entry in document["methods"]:
+        assert set(entry["mean"]) == set(entry["std"]) == quantities
+        assert [run["seed"] for run in entry["runs"]] == [0, 1]
+        for q in quantities:
+            values = [run[q] for run in entry["runs"]]
+            assert entry["mean"][q] == pytest.approx(np.mean(values))
+            assert entry["std"][q] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_results_repeat_for_a_seed_whatever_the_callers_state(small, tmp_path):
+    document, _, path = small
+    torch.manual_seed(99)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    numpy_before = np.random.get_state()[1].copy()  # noqa: NPY002
+    again = run_json(["compare", "--data", str(path), *SMALL, "--logdir", str(tmp_path / "again")])
+    assert without_varying(again) == without_varying(document)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
+
+
+def test_methods_share_initial_weights_and_batches(tmp_path):
+    path = mnist_like(tmp_path / "toy.npz")
+    document = run_json(
+        [
+            "compare",
+            "--data",
+            str(path),
+            *SMALL,
+            "--l1",
+            "0",
+            "--l2",
+            "0",
+            "--no-figure",
+            "--logdir",
+            str(tmp_path / "r"),
+        ]
+    )
+    norms = results(document, "l2_norm")
+    assert all(norm == pytest.approx(norms["none"], rel=1e-6) for norm in norms.values())
+    assert "too small" in document["conclusion"][0]
+
+
+def test_default_strengths_fall_with_the_root_of_the_samples(small):
+    assert small[0]["settings"]["l1"] == pytest.approx(0.02 / 200**0.5, rel=0.05)
+    assert small[0]["settings"]["batch"] == 128
+
+
+def test_divergence_is_said_and_stays_valid_json(tmp_path):
+    path = mnist_like(tmp_path / "toy.npz")
+    arguments = ["compare", "--data", str(path), *SMALL, "--lr", "1e30", "--logdir", str(tmp_path / "runs")]
+    document = run_json(arguments)
+    assert results(document, "l2_norm")["none"] is None
+    assert document["conclusion"][0].startswith("Diverged: no penalty")
+
+
+# compare: what people see
+
+
+def test_table_conclusion_and_paths_are_printed(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = mnist_like(tmp_path / "toy.npz")
+    assert main(["compare", "--data", str(path), *SMALL, "--logdir", str(tmp_path / "runs")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""  # no progress bar unless stderr is a terminal
+    for heading in ("accuracy %", "zeros %", "inputs used", "‖w‖₁", "‖w‖₂", "max |w|", "KKT residual", "µs/step"):
+        assert heading in captured.out
+    rows = [line for line in captured.out.splitlines() if "±" in line]
+    labels = ["no penalty", "L2 in the loss", "L1 in the loss", "L1 by ProxSGD", "Elastic Net by ProxSGD"]
+    assert [re.split(r"\s{2,}", row)[0] for row in rows] == labels
+    assert "Want zeros?" in captured.out
+    assert f"tensorboard --logdir {tmp_path / 'runs'}" in captured.out
+    assert f"figure: {tmp_path / 'runs' / 'compare.png'}" in captured.out
+
+
+def test_figure_is_a_png_of_readable_size(digits):
+    document, logdir = digits
+    assert document["figure"] == str(logdir / "compare.png")
+    content = (logdir / "compare.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert content[-12:] == b"\0\0\0\0IEND\xaeB`\x82"
+    width, height = struct.unpack(">II", content[16:24])
+    assert (width, height) == (1400, 600)
+    assert len(content) < 150_000
+
+
+def test_no_figure_needs_no_matplotlib(tmp_path, monkeypatch, capsys):
+    path = mnist_like(tmp_path / "toy.npz")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ["compare", "--data", path, "--steps", "2", "--seeds", "1", "--logdir", tmp_path / "runs"]
+    assert_refused(capsys, arguments, "torchreg-sparse[plots]", "--no-figure")
+    assert not (tmp_path / "runs").exists()
+    assert main([*map(str, arguments), "--no-figure"]) == 0
+    assert not (tmp_path / "runs" / "compare.png").exists()
+
+
+def test_missing_scikit_learn_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert_refused(capsys, ["compare", "--no-figure", "--logdir", tmp_path / "r"], "torchreg-sparse[sklearn]", "--data")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensorboard_reads_curves_and_hparams(small, method):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    _, logdir, _ = small
+    assert {p.name for p in logdir.iterdir() if p.is_dir()} == {f"{m}-seed{k}" for m in METHODS for k in (0, 1)}
+    directory = logdir / f"{method}-seed1"
+    assert all(p.is_file() for p in directory.iterdir())  # hparams made no run of their own
+    events = EventAccumulator(str(directory)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss/data", "loss/penalty", "accuracy/test", "lr", "sparsity/total", "sparsity/0.weight"} <= tags
+    assert [e.step for e in events.Scalars("accuracy/test")] == list(range(3, 31, 3))
+    result = next(m for m in small[0]["methods"] if m["method"] == method)["runs"][1]
+    assert events.Scalars("accuracy/test")[-1].value == pytest.approx(result["accuracy"])
+    assert events.Scalars("sparsity/total")[-1].value == pytest.approx(result["sparsity"])
+    assert events.Scalars("final/accuracy")[-1].value == pytest.approx(result["accuracy"])
+    plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(plugin.content).session_start_info.hparams
+    assert hparams["method"].string_value == method
+    assert hparams["seed"].number_value == 1
+
+
+def test_prox_runs_log_their_threshold(small):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = EventAccumulator(str(small[1] / "l1-prox-seed0")).Reload().Tags()["scalars"]
+    assert any(tag.startswith("threshold/") for tag in tags)
+
+
+# compare: bad input
+
+
+def test_a_logdir_with_such_runs_is_refused(small, capsys):
+    _, logdir, path = small
+    before = sorted(logdir.rglob("*"))
+    assert_refused(capsys, ["compare", "--data", path, *SMALL, "--logdir", logdir], "already holds")
+    assert sorted(logdir.rglob("*")) == before
+
+
+def test_a_logdir_below_a_file_is_refused(tmp_path, capsys):
+    path = mnist_like(tmp_path / "toy.npz")
+    assert_refused(capsys, ["compare", "--data", path, *SMALL, "--logdir", path / "runs"], "logdir")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_logdir_is_refused(tmp_path, capsys):
+    path = mnist_like(tmp_path / "toy.npz")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    for logdir in (closed, closed / "runs"):
+        assert_refused(capsys, ["compare", "--data", path, *SMALL, "--logdir", logdir], "logdir")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(("--seeds", "0"), ("--seeds", "x"), ("--seeds", "1.5"), ("--steps", "0"), ("--steps", "-3")),
+        *(("--hidden", "0"), ("--hidden", "99999999"), ("--l1", "-0.1"), ("--l1", "nan"), ("--l1", "inf")),
+        *(("--l2", "-1e-9"), ("--l2", "much"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "-1"), ("--unknown",)),
+        *(("--seeds",), ("extra",)),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_are_refused(option, tmp_path, capsys):
+    logdir = tmp_path / "runs"
+    assert_refused(capsys, ["compare", "--logdir", logdir, "--no-figure", *option], option[0])
+    assert not logdir.exists()
+
+
+NOT_NUMBERS = np.array([["a"] * 36] * 200)
+BAD_ARRAYS = {
+    "missing array": ({"y_test": None}, "y_test"),
+    "no array": ({"x_train": None, "y_train": None, "x_test": None, "y_test": None}, "no array"),
+    "object array": ({"x_train": np.array([[object()] * 36] * 200, dtype=object)}, "can't be read"),
+    "text": ({"x_train": NOT_NUMBERS}, "x_train must hold real numbers"),
+    "complex": ({"x_train": np.ones((200, 6, 6), dtype=complex)}, "x_train must hold real numbers"),
+    "other number of labels": ({"y_train": np.zeros(7, dtype=int)}, "y_train has 7"),
+    "other features": ({"x_test": np.ones((60, 5, 5))}, "(5, 5)"),
+    "flat inputs": ({"x_train": np.ones(200)}, "x_train must have the shape"),
+    "no features": ({"x_train": np.ones((200, 0))}, "x_train must have the shape"),
+    "0-d": ({"x_train": np.float64(3)}, "x_train must have the shape"),
+    "NaN": ({"x_train": np.full((200, 6, 6), np.nan)}, "x_train holds NaN"),
+    "infinite": ({"x_test": np.full((60, 6, 6), np.inf)}, "x_test holds infinite"),
+    "all zeros": ({"x_train": np.zeros((200, 6, 6))}, "all zeros"),
+    "too large for the scale": ({"x_test": np.full((60, 6, 6), 1e300)}, "too large"),
+    "fractional labels": ({"y_train": np.full(200, 0.5)}, "integer class labels"),
+    "one-hot labels": ({"y_train": np.zeros((200, 3), dtype=int)}, "y_train must have the shape"),
+    "one class": ({"y_train": np.zeros(200, dtype=int)}, "one class only"),
+    "ids as labels": ({"y_train": np.arange(200)}, "are these class labels"),
+    "unknown test label": ({"y_test": np.full(60, 9)}, "label 9"),
+    "no samples": ({"x_train": np.ones((0, 6, 6)), "y_train": np.zeros(0, dtype=int)}, "0 samples"),
+    "too few samples": ({"x_test": np.ones((3, 6, 6)), "y_test": np.zeros(3, dtype=int)}, "3 samples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_malformed_arrays_are_refused(case, tmp_path, capsys):
+    replaced, words = BAD_ARRAYS[case]
+    path = mnist_like(tmp_path / "bad.npz", **replaced)
+    logdir = tmp_path / "runs"
+    assert_refused(capsys, ["compare", "--data", path, "--no-figure", "--logdir", logdir], words)
+    assert not logdir.exists()
+
+
+def test_malformed_data_files_are_refused(tmp_path, capsys):
+    whole = mnist_like(tmp_path / "toy.npz").read_bytes()
+    np.save(tmp_path / "single.npy", np.ones(3))
+    files = {
+        "text.npz": b"no arrays here\n",
+        "empty.npz": b"",
+        "truncated.npz": whole[: len(whole) // 2],
+        "damaged.npz": whole[:300] + b"\xff" * 40 + whole[340:],
+        "pickled.npz": pickle.dumps({"x_train": 1}),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*files, "single.npy", "missing.npz", "."):
+        assert_refused(
+            capsys, ["compare", "--no-figure", "--data", tmp_path / name, "--logdir", tmp_path / "r"], "--data"
+        )
+    assert not (tmp_path / "r").exists()
+
+
+def test_labels_need_not_start_at_zero_and_may_be_a_column(tmp_path):
+    """As in CIFAR's Keras arrays, and in data whose classes are numbered from 1."""
+    rng = np.random.default_rng(0)
+    labels = {"y_train": rng.integers(1, 4, (200, 1)) * 10, "y_test": rng.integers(1, 4, (60, 1)) * 10}
+    path = mnist_like(tmp_path / "toy.npz", **labels)
+    document = run_json(
+        ["compare", "--data", str(path), "--steps", "3", "--seeds", "1", "--no-figure", "--logdir", str(tmp_path / "r")]
+    )
+    assert document["data"]["classes"] == 3
+    assert all(value is None for entry in document["methods"] for value in entry["std"].values())
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (7,), (3,)])
+def test_data_of_any_shape_gets_a_figure(shape, tmp_path):
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    images = {"x_train": rng.normal(size=(200, *shape)), "x_test": rng.normal(size=(60, *shape))}
+    path = mnist_like(tmp_path / "toy.npz", **images)
+    arguments = ["--steps", "3", "--seeds", "1", "--l1", "3", "--logdir", str(tmp_path / "r")]
+    document = run_json(["compare", "--data", str(path), *arguments])
+    assert Path(document["figure"]).is_file()
+
+
+def test_an_interrupt_is_quiet(tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchreg.cli.training.train", interrupt)
+    path = mnist_like(tmp_path / "toy.npz")
+    assert main(["compare", "--data", str(path), "--no-figure", "--json", "--logdir", str(tmp_path / "r")]) == 130
+    assert capsys.readouterr() == ("", "")

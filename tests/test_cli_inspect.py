@@ -1,0 +1,184 @@
+"""``torchreg inspect``: real checkpoints, and one line for what is none."""
+
+import json
+import pickle
+import re
+import struct
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from command import assert_refused, run_json
+from torch import nn
+
+import torchreg
+from torchreg.cli import main
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[0].weight[:, 5] = 0
+    return model
+
+
+def inspected(path):
+    return run_json(["inspect", str(path)])
+
+
+def test_inspect_prints_the_table_of_sparsity(model, tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    torch.save(model.state_dict(), path)
+    assert main(["inspect", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert str(torchreg.sparsity(model.state_dict())) in captured.out
+    assert re.search(r"0\.weight\s+4×6\s+24\s+19\s+79\.2 %\s+3/4\s+1/6", captured.out)
+
+
+def test_inspect_gives_json_and_csv(model, tmp_path, capsys):
+    path = tmp_path / "model.pth"
+    torch.save(model.state_dict(), path)
+    report = torchreg.sparsity(model.state_dict())
+    document = inspected(path)
+    assert document.pop("file") == str(path)
+    assert document.pop("part") == ""
+    assert document == json.loads(report.to_json())
+    assert main(["inspect", str(path), "--csv"]) == 0
+    assert capsys.readouterr().out == report.to_csv()
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_inspect_takes_the_model_and_not_the_optimizer(key, model, tmp_path):
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(8, 6)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "last.ckpt"
+    torch.save({"epoch": 3, key: model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    document = inspected(path)
+    assert document["part"] == key
+    expected = [name for name, w in model.state_dict().items() if w.is_floating_point()]
+    assert [entry["name"] for entry in document["tensors"]] == expected
+
+
+def test_inspect_names_nested_tensors_by_dots(model, tmp_path):
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    path = tmp_path / "gan.bin"
+    nets = {"nets": {"generator": {"w": torch.zeros(3)}, "critics": [torch.ones(2)]}, "steps": torch.tensor(4)}
+    torch.save({**nets, "opt": optimizer.state_dict()}, path)
+    assert [entry["name"] for entry in inspected(path)["tensors"]] == ["nets.generator.w", "nets.critics.0"]
+
+
+def test_inspect_counts_tied_weights_once(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    path = tmp_path / "tied.pt"
+    torch.save(model.state_dict(), path)
+    assert inspected(path)["total"]["size"] == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.float8_e4m3fn])
+def test_inspect_reads_every_float_type(dtype, tmp_path):
+    path = tmp_path / "single.pt"
+    torch.save(torch.tensor([0.0, 1.0, 0.0, 2.0]).to(dtype), path)
+    assert inspected(path)["total"]["zeros"] == 2
+
+
+def test_inspect_reads_prox_sgds_own_checkpoint(model, tmp_path):
+    reg = torchreg.Regularizer(model, torchreg.L1(0.1))
+    optimizer = torchreg.ProxSGD(reg.param_groups(), lr=0.1, momentum=0.9)
+    path = tmp_path / "run.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "reg": reg.state_dict()}, path)
+    assert inspected(path)["total"]["zeros"] >= 19
+
+
+def test_inspect_reads_safetensors(model, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(model.state_dict(), path)
+    assert inspected(path)["total"]["zeros"] == torchreg.sparsity(model.state_dict()).total.zeros
+
+
+def test_missing_safetensors_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    assert_refused(capsys, ["inspect", path], "torchreg-sparse[safetensors]")
+
+
+class Malicious:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.trace),))
+
+
+def test_inspect_executes_nothing(tmp_path, capsys):
+    trace = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Malicious(trace)))
+    assert trace.exists()  # it does work
+    trace.unlink()
+    torch.save({"state_dict": {"w": torch.ones(2)}, "extra": Malicious(trace)}, tmp_path / "zip.pt")
+    torch.save(Malicious(trace), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Malicious(trace)))
+    for name in ("zip.pt", "old.pt", "plain.pkl"):
+        assert_refused(capsys, ["inspect", tmp_path / name], "torchreg inspect: error:")
+        assert not trace.exists()
+
+
+def test_inspect_refuses_what_is_not_weights(model, tmp_path, capsys):
+    torch.save(model, tmp_path / "module.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    torch.save({"epoch": 3, "ids": torch.arange(4)}, tmp_path / "integers.pt")
+    torch.save(torch.optim.SGD(model.parameters()).state_dict(), tmp_path / "optimizer.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    contents = {
+        "truncated.pt": whole[: len(whole) // 2],
+        "short.pt": whole[:20],
+        "text.pt": b"these are not weights\n",
+        "nothing.pt": b"",
+        "number.pt": pickle.dumps(3),
+        "text.safetensors": b"these are not weights\n",
+        "nothing.safetensors": b"",
+        "huge.safetensors": struct.pack("<Q", 2**62) + b"{}",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    names = ["module.pt", "empty.pt", "integers.pt", "optimizer.pt", "script.pt", *contents, "missing.pt", "."]
+    for name in names:
+        if not (name.endswith(".safetensors") and not _has_safetensors()):
+            assert_refused(capsys, ["inspect", tmp_path / name], "torchreg inspect: error:")
+    assert_refused(capsys, ["inspect", tmp_path / "module.pt"], "holds more than weights")
+
+
+def _has_safetensors():
+    try:
+        import safetensors  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_names_cannot_write_control_characters_to_the_terminal(tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    torch.save({"\x1b[2Jweight\n": torch.zeros(2)}, path)
+    assert main(["inspect", str(path)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    assert_refused(capsys, ["inspect", "no\x1b[2J\nfile.pt"], "does not exist")
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "a", "b"], ["inspect", "a", "--json", "--csv"]])
+def test_bad_inspect_options_are_refused(arguments, capsys):
+    assert_refused(capsys, arguments)

@@ -1,0 +1,95 @@
+"""The step on a GPU: the CPU's results, no stall, and ready for CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from optimizer_cases import (
+    foreach_or_not,
+    optimizers,
+    optimizers_and_hyperparameters,
+    parameters,
+    penalties,
+    set_gradients,
+    snapshot,
+)
+from torchreg import L1, ElasticNet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_gpu(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    moved = [nn.Parameter(p.detach().cuda()) for p in params]
+    for p, cpu in zip(moved, params, strict=True):
+        p.grad = cpu.grad.cuda()
+    return moved
+
+
+@optimizers_and_hyperparameters
+@penalties
+@foreach_or_not
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_results_are_those_of_the_cpu(case, hyper, penalty, foreach, dtype):
+    params = parameters(dtype)
+    moved = on_gpu(params)
+    a = case(params, penalty=penalty, **hyper)
+    b = case(moved, penalty=penalty.to("cuda"), foreach=foreach, **hyper)
+    for step in range(3):
+        set_gradients(params, step)
+        for p, cpu in zip(moved, params, strict=True):
+            p.grad = cpu.grad.cuda()
+        if step == 1:
+            params[0].grad[0, 0] = moved[0].grad[0, 0] = torch.nan
+        a.step()
+        b.step()
+    for expected, got in zip(params, moved, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, equal_nan=True)
+
+
+@optimizers_and_hyperparameters
+@foreach_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", ["float", "cpu", "cuda"])
+def test_no_step_waits_for_the_device(case, hyper, foreach, dtype, scale):
+    params = on_gpu(parameters(dtype))
+    strength_scale = 0.5 if scale == "float" else torch.tensor(0.5, device=scale)
+    opt = case(params, penalty=ElasticNet(0.3, 0.2), strength_scale=strength_scale, foreach=foreach, **hyper)
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@optimizers
+@foreach_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cuda_graph_replays_the_step_with_new_numbers(case, foreach, dtype):
+    def start():
+        params = on_gpu(parameters(dtype))
+        lr, scale = torch.tensor(0.1, device="cuda"), torch.tensor(1.0, device="cuda")
+        kwargs = {"momentum": 0.9, "penalty": L1(0.3), "capturable": True, "foreach": foreach}
+        return params, lr, scale, case(params, lr=lr, strength_scale=scale, **kwargs)
+
+    params, lr, scale, opt = start()
+    others, other_lr, other_scale, other = start()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        opt.step()
+    torch.cuda.current_stream().wait_stream(side)
+    other.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for i in range(3):
+        for rate, s in ((lr, scale), (other_lr, other_scale)):
+            rate.fill_(0.1 / (i + 1))
+            s.fill_(1 + 0.1 * i)
+        graph.replay()
+        other.step()
+    for a, b in zip(snapshot(params), snapshot(others), strict=True):
+        torch.testing.assert_close(a, b)

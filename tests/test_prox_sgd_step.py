@@ -1,0 +1,480 @@
+"""What one step of a proximal optimizer does and leaves alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import torchreg
+from optimizer_cases import (
+    OPTIMIZERS,
+    foreach_or_not,
+    identical,
+    optimizers,
+    optimizers_and_hyperparameters,
+    parameters,
+    penalties,
+    set_gradients,
+    snapshot,
+)
+from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer, kernels
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def scalar(value: float, grad: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    p = nn.Parameter(torch.tensor([value], dtype=dtype))
+    p.grad = torch.tensor([grad], dtype=dtype)
+    return p
+
+
+# What a step computes
+
+
+@optimizers_and_hyperparameters
+@penalties
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("foreach", [True, None], ids=["foreach", "default"])
+def test_implementations_agree_with_the_reference(case, hyper, penalty, dtype, foreach):
+    reference, other = parameters(dtype), parameters(dtype)
+    a = case(reference, penalty=penalty, foreach=False, **hyper)
+    b = case(other, penalty=penalty, foreach=foreach, **hyper)
+    for step in range(4):
+        for params in (reference, other):
+            set_gradients(params, step)
+            if step == 2:  # divergence must not be hidden
+                params[0].grad[0, 0], params[0].grad[1, 1], params[3].grad[0, 0] = math.nan, math.inf, -math.inf
+        a.step()
+        b.step()
+    for expected, got in zip(reference, other, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+    assert torch.isnan(torch.view_as_real(other[0].data)[0, 0] if dtype.is_complex else other[0][0, 0]).any()
+
+
+@pytest.mark.parametrize("penalty", [None, L1(0.3), L2(0.4), ElasticNet(0.3, 0.4), L1(torch.rand(3))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex64], ids=str)
+def test_multi_tensor_operations_agree_with_the_reference(penalty, dtype):
+    """The ones for accelerators, which the step does not choose on the CPU."""
+    results = []
+    for update in (kernels.reference.prox_sgd, kernels.foreach._update):
+        params = parameters(dtype)
+        params[0].grad[0, 0], params[0].grad[1, 1] = math.nan, math.inf
+        tensors = kernels.SGDTensors(params, [p.grad for p in params], [torch.ones_like(p) for p in params], [False] * 6)
+        step = kernels.SGDStep(0.1, 0.9, 0.5, 0.1, False, True, penalty, 0.5, False)
+        with torch.no_grad():
+            update(tensors, step)
+        results.append(snapshot(params) + tensors.momentum_buffers)
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+        if not dtype.is_complex:
+            assert not torch.signbit(got[got == 0]).any()
+
+
+@foreach_or_not
+@pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}], ids=["plain", "all"])
+@pytest.mark.parametrize("penalty", [L1(0.01), ElasticNet(0.01, 0.02)], ids=["L1", "ElasticNet"])
+@pytest.mark.parametrize("shape", [(torchreg.penalties.tiles.TILE + 1000,), (3, 100_000), (4, 8, 100, 100)], ids=str)
+def test_large_tensors_agree_with_torch_sgd_and_a_prox(foreach, hyper, penalty, shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape, dtype=torch.float64)
+    if len(shape) > 1:
+        start = start.transpose(0, 1)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    a = ProxSGD([ours], lr=0.1, penalty=penalty, foreach=foreach, **hyper)
+    b = torch.optim.SGD([theirs], lr=0.1, **hyper)
+    for _ in range(2):
+        grad = torch.randn(theirs.shape, dtype=torch.float64)
+        ours.grad, theirs.grad = (grad if foreach else torch.empty_like(start).copy_(grad)), grad.clone()
+        a.step()
+        b.step()
+        theirs.data = penalty.prox(theirs.data, ProxSGD.effective_step(a.param_groups[0]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
+    assert torch.equal(ours == 0, theirs == 0)
+
+
+@foreach_or_not
+def test_a_shrunk_away_weight_is_plus_zero(foreach):
+    for dtype in DTYPES[:4]:
+        p = nn.Parameter(torch.tensor([-0.01, 0.01, -0.0, 0.0], dtype=dtype))
+        p.grad = torch.zeros_like(p)
+        ProxSGD([p], lr=1.0, penalty=L1(0.1), foreach=foreach).step()
+        assert torch.equal(p, torch.zeros_like(p))
+        assert not torch.signbit(p).any()
+
+
+@foreach_or_not
+@pytest.mark.parametrize("penalty", [L1(0.1), L2(0.1), ElasticNet(0.1, 0.1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
+def test_nan_and_infinite_weights_stay(foreach, penalty, dtype):
+    p = nn.Parameter(torch.tensor([math.nan, math.inf, -math.inf, 1.0], dtype=dtype))
+    p.grad = torch.zeros_like(p)
+    ProxSGD([p], lr=1.0, penalty=penalty, foreach=foreach).step()
+    assert p[:3].tolist() == pytest.approx([math.nan, math.inf, -math.inf], nan_ok=True)
+    assert 0 < p[3] < 1
+
+
+@optimizers
+@foreach_or_not
+def test_maximize_flips_only_the_gradient_of_the_data(case, foreach):
+    ascending, descending = parameters(), parameters()
+    for p in ascending:
+        p.grad.neg_()
+    case(ascending, penalty=ElasticNet(0.3, 0.1), foreach=foreach, maximize=True).step()
+    case(descending, penalty=ElasticNet(0.3, 0.1), foreach=foreach).step()
+    assert identical(snapshot(ascending), snapshot(descending))
+
+
+@optimizers_and_hyperparameters
+@foreach_or_not
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_learning_rate_zero_is_the_identity(case, hyper, foreach, dtype):
+    params = parameters(dtype)
+    before = snapshot(params)
+    for lr in (0.0, torch.tensor(0.0)):
+        opt = case(params, lr=lr, penalty=ElasticNet(0.3, 0.2), foreach=foreach, **hyper)
+        opt.step()
+        opt.step()
+        assert identical(snapshot(params), before)
+
+
+@optimizers_and_hyperparameters
+@foreach_or_not
+@pytest.mark.parametrize("penalty", [None, ElasticNet(0.3, 0.2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_never_modified(case, hyper, foreach, penalty, dtype):
+    params = parameters(dtype)
+    grads = [p.grad for p in params]
+    before = [g.clone() for g in grads]
+    opt = case(params, penalty=penalty, foreach=foreach, **hyper)
+    for _ in range(2):
+        opt.step()
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    assert identical(grads, before)
+
+
+@optimizers
+@foreach_or_not
+def test_what_has_no_gradient_or_is_frozen_is_left_alone(case, foreach):
+    params = parameters()
+    params[0].grad = None
+    params[1].grad = None
+    params[1].requires_grad_(False)
+    before = snapshot(params)
+    opt = case(params, penalty=L1(0.3), momentum=0.9, foreach=foreach)
+    opt.step()
+    assert identical(snapshot(params)[:2], before[:2])
+    assert params[0] not in opt.state
+    assert not torch.equal(params[3], before[3])
+
+
+@optimizers
+@foreach_or_not
+def test_a_parameter_unfrozen_late_has_its_own_first_step(case, foreach):
+    hyper = {"momentum": 0.9, "dampening": 0.5, "penalty": L1(0.3), "foreach": foreach}
+    late, early = parameters(), parameters()
+    opt = case(late, **hyper)
+    for p in late[:1]:
+        p.grad = None
+    opt.step()
+    opt.step()
+    set_gradients(late[:1], 0)
+    opt.step()
+    case(early, **hyper).step()
+    assert identical(snapshot(late[:1]), snapshot(early[:1]))
+
+
+@foreach_or_not
+def test_the_threshold_counts_the_gain_of_momentum(foreach):
+    for hyper, gain in (({}, 1), ({"momentum": 0.9}, 10), ({"momentum": 0.9, "dampening": 0.5}, 5), ({"momentum": 0.9, "nesterov": True}, 10)):
+        p = scalar(1.0, dtype=torch.float64)
+        opt = ProxSGD([p], lr=0.1, penalty=L1(0.3), foreach=foreach, **hyper)
+        opt.step()
+        assert p.item() == pytest.approx(1 - 0.1 * gain * 0.3, rel=1e-12)
+        assert ProxSGD.effective_step(opt.param_groups[0]) == pytest.approx(0.1 * gain)
+
+
+# Hyperparameters as tensors, moved between steps
+
+
+@optimizers
+@foreach_or_not
+def test_the_strength_scale_multiplies_the_strength_of_the_next_step(case, foreach):
+    scale = torch.tensor(1.0)
+    shared, own = parameters(), parameters()
+    a = case(shared, penalty=ElasticNet(0.3, 0.1), strength_scale=scale, foreach=foreach)
+    b = case(own, penalty=ElasticNet(0.3, 0.1), foreach=foreach)
+    for value in (1.0, 0.5, 0.0, 2.0):
+        scale.fill_(value)
+        b.param_groups[0]["penalty"] = ElasticNet(0.3 * value, 0.1 * value)
+        a.step()
+        b.step()
+        for x, y in zip(shared, own, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("scale", [-1.0, math.nan, math.inf, -0.1])
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
+def test_bad_strength_scales_are_refused_when_given_and_when_moved(scale, kind):
+    with pytest.raises(ValueError, match="strength_scale"):
+        ProxSGD([scalar(1.0)], penalty=L1(0.1), strength_scale=kind(scale))
+    p = scalar(1.0, 1.0)
+    opt = ProxSGD([{"params": [scalar(1.0, 1.0)]}, {"params": [p]}], lr=0.1, momentum=0.9, penalty=L1(0.1))
+    opt.param_groups[1]["strength_scale"] = kind(scale)
+    with pytest.raises(ValueError, match="strength_scale"):
+        opt.step()
+    assert all(q.item() == 1.0 and not opt.state for group in opt.param_groups for q in group["params"])
+
+
+@pytest.mark.parametrize("scale", ["1", None, True, torch.ones(2), torch.tensor(1)], ids=str)
+def test_what_is_no_strength_scale_is_refused(scale):
+    with pytest.raises((TypeError, ValueError), match="strength_scale"):
+        ProxSGD([scalar(1.0)], penalty=L1(0.1), strength_scale=scale)
+
+
+@optimizers_and_hyperparameters
+@foreach_or_not
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("penalty", [None, ElasticNet(0.3, 0.1)], ids=str)
+def test_tensor_learning_rates_and_capturable_give_equal_results(case, hyper, foreach, shape, penalty):
+    results = []
+    for lr, capturable in ((0.125, False), (torch.full(shape, 0.125), False), (torch.full(shape, 0.125), True)):
+        params = parameters(torch.float64)
+        opt = case(params, lr=lr, capturable=capturable, penalty=penalty, foreach=foreach, **hyper)
+        for step in range(3):
+            set_gradients(params, step)
+            opt.step()
+        results.append(snapshot(params))
+    assert identical(results[0], results[1])
+    for a, b in zip(results[0], results[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("hyper", OPTIMIZERS["ProxSGD"].hyperparameters.values(), ids=OPTIMIZERS["ProxSGD"].hyperparameters)
+@pytest.mark.parametrize("penalty", [None, L1(0.3), L2(0.4), ElasticNet(0.3, 0.4)], ids=str)
+def test_a_differentiable_step_has_the_right_derivatives(hyper, penalty):
+    """With respect to the weight, the gradient, the momentum buffer, the learning rate and the weight decay."""
+
+    def step(w, grad, buffer, lr, weight_decay):
+        w = w.clone()
+        w.grad = grad
+        kwargs = {**hyper, "lr": lr, "weight_decay": weight_decay}
+        opt = ProxSGD([w], penalty=penalty, differentiable=True, **kwargs)
+        if opt.defaults["momentum"]:
+            opt.state[w]["momentum_buffer"] = buffer.clone()
+        opt.step()
+        return w, *[entry for entry in opt.state[w].values() if entry.requires_grad]
+
+    torch.manual_seed(0)
+    given = [torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    given += [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.1, 0.05)]
+    assert torch.autograd.gradcheck(step, given)
+
+
+def test_a_strength_scale_can_be_learned_through_a_differentiable_step():
+    def step(scale):
+        w = torch.tensor([1.0, -2.0, 0.01], dtype=torch.float64, requires_grad=True).clone()
+        w.grad = torch.ones_like(w)
+        ProxSGD([w], lr=0.1, penalty=ElasticNet(0.3, 0.4), strength_scale=scale, differentiable=True).step()
+        return w
+
+    assert torch.autograd.gradcheck(step, torch.tensor(0.7, dtype=torch.float64, requires_grad=True))
+
+
+# Loss scaling
+
+
+@optimizers_and_hyperparameters
+@foreach_or_not
+def test_found_inf_changes_nothing_and_grad_scale_divides(case, hyper, foreach):
+    params, plain = parameters(), parameters()
+    before = snapshot(params)
+    opt = case(params, penalty=L1(0.3), foreach=foreach, **hyper)
+    for p in params:
+        p.grad.mul_(1024)
+    opt.grad_scale, opt.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
+    opt.step()
+    assert identical(snapshot(params), before)
+    assert not opt.state
+    opt.found_inf.zero_()
+    opt.step()
+    case(plain, penalty=L1(0.3), foreach=foreach, **hyper).step()
+    assert identical(snapshot(params), snapshot(plain))
+
+
+@optimizers
+def test_grad_scaler_skips_steps_that_overflow_and_scales_nothing_else(case):
+    def train(scaler):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        opt = case(Regularizer(model, L1(0.05)).param_groups(), momentum=0.9)
+        x = torch.randn(20, 3)
+        for step in range(6):
+            opt.zero_grad()
+            loss = model(x).square().mean()
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler and step == 3:
+                model.weight.grad[0, 0] = math.inf
+                before = snapshot(list(model.parameters())), [s["momentum_buffer"].clone() for s in opt.state.values()]
+                scaler.step(opt)
+                after = snapshot(list(model.parameters())), [s["momentum_buffer"].clone() for s in opt.state.values()]
+                assert all(identical(a, b) for a, b in zip(before, after, strict=True))
+                scaler.update()
+            elif step != 3:
+                scaler.step(opt) if scaler else opt.step()
+                scaler and scaler.update()
+        return snapshot(list(model.parameters()))
+
+    assert identical(train(torch.amp.GradScaler("cpu", init_scale=1024.0)), train(None))
+
+
+# torch.optim's ways of being used
+
+
+@optimizers
+def test_a_closure_is_called_once_and_its_loss_returned(case):
+    p = scalar(1.0)
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        p.grad = None
+        loss = (2 * p).sum()
+        loss.backward()
+        return loss
+
+    opt = case([p], lr=0.25, penalty=L1(0.1))
+    assert opt.step(closure).item() == 2.0
+    assert calls == [True]
+    assert p.item() == pytest.approx(1 - 0.25 * 2 - 0.25 * 0.1)
+
+
+@optimizers
+def test_hooks_run_around_the_step_and_schedulers_accept_the_optimizer(case):
+    p = scalar(1.0)
+    opt = case([("w", p)], lr=0.5, penalty=L1(0.1))
+    assert opt.param_groups[0]["param_names"] == ["w"]
+    seen = []
+    opt.register_step_pre_hook(lambda *_: seen.append(p.item()))
+    opt.register_step_post_hook(lambda *_: seen.append(p.item()))
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5)
+    opt.step()
+    scheduler.step()
+    assert seen == pytest.approx([1.0, 0.95])
+    assert opt.param_groups[0]["lr"] == 0.25
+    opt.add_param_group({"params": [("v", scalar(1.0))], "penalty": None})  # beside the scheduler's own keys
+    opt.step()
+    assert seen[2:] == pytest.approx([0.95, 0.925])
+    torch.optim.lr_scheduler.ReduceLROnPlateau(opt)
+    torch.optim.swa_utils.SWALR(opt, swa_lr=0.01)
+    repr(opt)
+
+
+@optimizers
+@foreach_or_not
+def test_groups_have_their_own_penalties(case, foreach):
+    a, b, c = (scalar(1.0) for _ in range(3))
+    groups = [{"params": [a], "penalty": L1(0.1)}, {"params": [b], "penalty": None}, {"params": [c]}]
+    case(groups, lr=1.0, penalty=L1(0.2), foreach=foreach).step()
+    assert [p.item() for p in (a, b, c)] == pytest.approx([0.9, 1.0, 0.8])
+
+
+# What is refused, and changes nothing
+
+
+@contextlib.contextmanager
+def unchanged(opt):
+    params = [p for group in opt.param_groups for p in group["params"]]
+    before, groups = snapshot(params), [dict(group) for group in opt.param_groups]
+    yield
+    assert identical(snapshot([p for group in opt.param_groups for p in group["params"]]), before)
+    assert opt.param_groups == groups
+    assert not opt.state
+
+
+@optimizers
+def test_sparse_gradients_are_refused_before_anything_changes(case):
+    table = nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    opt = case([{"params": [("w", scalar(1.0, 1.0))]}, {"params": [("table", table.weight)]}], momentum=0.9)
+    with unchanged(opt), pytest.raises(TypeError, match=r"dense gradients.*table.*sparse=False"):
+        opt.step()
+
+
+@optimizers
+def test_unknown_group_keys_are_refused(case):
+    opt = case([scalar(1.0)], penalty=L1(0.1))
+    with unchanged(opt), pytest.raises(ValueError, match=r"'wieght_decay'.*allowed.*'weight_decay'"):
+        opt.add_param_group({"params": [scalar(2.0)], "wieght_decay": 0.1})
+    with pytest.raises(ValueError, match="'strength'"):
+        case([{"params": [scalar(1.0)], "strength": 0.1}])
+
+
+@optimizers
+@pytest.mark.parametrize(
+    ("penalty", "message"),
+    [
+        (L1, "the class L1"),
+        (0.1, "float"),
+        ("l1", "str"),
+        ({"*.weight": L1(0.1)}, r"dict; rules.*Regularizer"),
+    ],
+    ids=["class", "number", "string", "rules"],
+)
+def test_what_is_no_penalty_is_refused(case, penalty, message):
+    with pytest.raises(TypeError, match=message):
+        case([scalar(1.0)], penalty=penalty)
+    opt = case([scalar(1.0)])
+    with unchanged(opt), pytest.raises(TypeError, match=message):
+        opt.add_param_group({"params": [scalar(1.0)], "penalty": penalty})
+    opt.param_groups[0]["penalty"] = penalty
+    with unchanged(opt), pytest.raises(TypeError, match=message):
+        opt.step()
+
+
+@optimizers
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate:UserWarning")
+def test_parameters_that_cannot_be_penalised_are_refused(case):
+    opt = case([scalar(1.0)], penalty=L1(0.1))
+    twice = scalar(2.0)
+    integer = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    non_leaf = torch.ones(2, requires_grad=True) * 2
+    for params, error, message in (
+        ([twice, twice], ValueError, "Parameter 1 of group 1 is listed twice"),
+        ([integer], TypeError, "torch.int64"),
+        ([non_leaf], ValueError, "non-leaf"),
+        ([("w", torch.ones(2, 5))], ValueError, "names"),
+        (["w"], TypeError, "Tensors"),
+    ):
+        with unchanged(opt), pytest.raises(error, match=message):
+            opt.add_param_group({"params": params})
+    with unchanged(opt), pytest.raises(ValueError, match=r"Parameter 0 of group 1.*\(5,\).*\(2,\)"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(5))], "penalty": L1(torch.ones(2))})
+
+
+def test_momentum_without_a_finite_gain_is_refused_beside_a_penalty():
+    for hyper in ({"momentum": 1.0}, {"momentum": 1.5}, {"momentum": 0.9, "dampening": 1.5}):
+        with pytest.raises(ValueError, match=r"`(momentum|dampening)`.*beside a penalty"):
+            ProxSGD([scalar(1.0)], penalty=L1(0.1), **hyper)
+    opt = ProxSGD([scalar(1.0, 1.0)], lr=0.1, momentum=0.9, penalty=L1(0.1))
+    opt.param_groups[0]["momentum"] = 1.0
+    with unchanged(opt), pytest.raises(ValueError, match="`momentum`"):
+        opt.step()
+
+
+def test_a_negative_or_nan_learning_rate_is_refused_beside_a_penalty():
+    opt = ProxSGD([scalar(1.0, 1.0)], lr=0.1, penalty=L1(0.1))
+    for lr in (-0.1, math.nan, torch.tensor(-0.1)):
+        opt.param_groups[0]["lr"] = lr
+        with pytest.raises(ValueError, match="`lr`"):
+            opt.step()
+        assert opt.param_groups[0]["params"][0].item() == 1.0
+
+
+@pytest.mark.parametrize("kwargs", [{"fused": True}, {"foreach": True, "differentiable": True}], ids=str)
+def test_implementations_that_do_not_exist_are_refused(kwargs):
+    with pytest.raises(RuntimeError, match=r"fused|foreach"):
+        ProxSGD([scalar(1.0)], **kwargs)

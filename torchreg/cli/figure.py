@@ -1,0 +1,45 @@
+"""The figure of a comparison: how large the weights are, and which inputs each network still reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torchreg import plots
+from torchreg.cli.data import Dataset
+from torchreg.cli.training import METHODS, Run, Settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INCHES = (14.0, 6.0)
+DPI = 100
+
+
+def compare_figure(runs: Mapping[str, Run], data: Dataset, settings: Settings) -> Figure:
+    """One column per method: the histogram of its weights above the inputs that its first layer reads."""
+    plots.require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
+    columns = figure.subplots(2, len(runs), squeeze=False).T
+    for method, (top, bottom) in zip(METHODS, columns, strict=True):
+        run = runs[method.name]
+        result = run.result
+        plots.weight_histogram(run.weights, top)
+        top.set_title(f"{method.label}\n", fontweight="bold")
+        top.text(0.5, 1.03, f"accuracy {100 * result.accuracy:.1f} %", transform=top.transAxes, ha="center")
+        top.set_xlabel("|w|")
+        plots.inputs_read(run.weights[0], bottom, data.input_shape)
+        bottom.set_title(f"reads {result.inputs_used} of {data.inputs} inputs", fontsize="medium")
+    columns[0][0].set_ylabel("weights")
+    for column in columns[1:]:
+        column[0].tick_params(labelleft=False)
+    columns[0][1].set_ylabel("‖column‖ of the first layer")
+    figure.supxlabel(
+        f"{data.name}, {data.inputs}-{settings.hidden}-{data.classes} network, l1 = {settings.l1:g}, "
+        f"l2 = {settings.l2:g}, seed {next(iter(runs.values())).result.seed}; grey: exactly zero, never read",
+        fontsize="small",
+        color="#555555",
+    )
+    return figure

@@ -1,0 +1,144 @@
+"""``torchreg inspect``: the exact zeros of a checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchreg.cli.output import CommandError, print_result, printable, reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL_KEYS = ("state_dict", "model_state_dict", "model")
+
+DESCRIPTION = """\
+Counts the exact zeros in a checkpoint: a state dict, or a dict that holds one under 'state_dict', 'model_state_dict' or
+'model'. Otherwise all floating point tensors in nested dicts count, but for the state of optimizers. Tied weights count
+once. Files are loaded with weights_only=True: nothing in them is executed.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's arguments."""
+    parser = commands.add_parser("inspect", help="count the exact zeros of a checkpoint", description=DESCRIPTION)
+    parser.add_argument("file", type=Path, metavar="FILE", help=".pt, .pth, .bin, .ckpt or .safetensors")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON document")
+    form.add_argument("--csv", action="store_true", help="print comma-separated values")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the counts.
+
+    Raises:
+        CommandError: if the file is not one with weights.
+    """
+    import torchreg
+
+    path: Path = arguments.file
+    part, weights = model_weights(load(path))
+    if not weights:
+        raise CommandError(f"{str(path)!r} holds no floating point tensors")
+    try:
+        report = torchreg.sparsity({printable(name): w for name, w in weights.items()})
+    except (RuntimeError, NotImplementedError) as error:
+        raise CommandError(f"the tensors in {str(path)!r} can't be counted: {reason(error)}") from None
+    if arguments.json:
+        print_result(json.dumps({"file": str(path), "part": part} | json.loads(report.to_json()), indent=2))
+    elif arguments.csv:
+        print_result(report.to_csv().rstrip("\n"))
+    else:
+        print_result(printable(str(path)) + (f", {part!r}" if part else "") + "\n")
+        print_result(str(report))
+
+
+def load(path: Path) -> Any:
+    """What the file holds, on the CPU, without running anything in it.
+
+    Raises:
+        CommandError: if it isn't a file of tensors.
+    """
+    if path.is_dir():
+        raise CommandError(f"{str(path)!r} is a directory: give the file inside")
+    if not path.exists():
+        raise CommandError(f"{str(path)!r} does not exist")
+    if not path.is_file():
+        raise CommandError(f"{str(path)!r} is not a regular file")
+    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+
+
+def _load_torch(path: Path) -> Any:
+    import pickle
+
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CommandError(f"{str(path)!r} can't be read: {reason(error)}") from None
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise CommandError(
+                f"{str(path)!r} holds more than weights, such as a pickled module or object; nothing of it was "
+                "executed. Save model.state_dict() instead"
+            ) from None
+        raise CommandError(f"{str(path)!r} is not a checkpoint of tensors") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        what = "a TorchScript archive" if "TorchScript" in str(error) else "damaged or not a checkpoint"
+        raise CommandError(f"{str(path)!r} is {what} ({type(error).__name__})") from None
+
+
+def _load_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise CommandError("reading .safetensors needs: pip install 'torchreg-sparse[safetensors]'") from None
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise CommandError(f"{str(path)!r} can't be read: {reason(error)}") from None
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CommandError(f"{str(path)!r} is damaged or not a safetensors file: {reason(error)}") from None
+
+
+def model_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
+    """The model's floating point tensors by dotted name, and the key under which they were found.
+
+    >>> import torch
+    >>> weight = torch.zeros(2)
+    >>> model_weights({"epoch": 3, "state_dict": {"0.weight": weight}, "optimizer": {"state": {0: {"step": weight}}}})
+    ('state_dict', {'0.weight': tensor([0., 0.])})
+    """
+    if isinstance(content, Mapping):
+        for key in MODEL_KEYS:
+            part = content.get(key)
+            if isinstance(part, Mapping):
+                inner, found = model_weights(part)
+                if found:
+                    return f"{key}.{inner}" if inner else key, found
+    return "", dict(_named_tensors("", content))
+
+
+def _named_tensors(prefix: str, content: Any) -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        if (content.is_floating_point() or content.is_complex()) and content.device.type != "meta":
+            # 8-bit floats have no arithmetic
+            yield prefix or "tensor", content.float() if content.itemsize == 1 else content.detach()
+    elif isinstance(content, Mapping):
+        if not {"state", "param_groups"} <= set(content):
+            for key, value in content.items():
+                yield from _named_tensors(f"{prefix}.{key}" if prefix else str(key), value)
+    elif isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        for i, value in enumerate(content):
+            yield from _named_tensors(f"{prefix}.{i}" if prefix else str(i), value)
