@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optimizer_cases import optimizers, parameters, set_gradients, snapshot
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from optimizer_cases import optimizers, parameters, set_gradients, snapshot
 from torchreg import L1, ElasticNet
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from optimizer_cases import (
     foreach_or_not,
     optimizers,
@@ -15,6 +13,8 @@ from optimizer_cases import (
     set_gradients,
     snapshot,
 )
+from torch import nn
+
 from torchreg import L1, ElasticNet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

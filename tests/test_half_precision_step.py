@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
+from optimizer_cases import identical, optimizers, optimizers_and_hyperparameters, parameters, set_gradients, snapshot
 from torch import Tensor, nn
 
-from optimizer_cases import identical, optimizers, optimizers_and_hyperparameters, parameters, set_gradients, snapshot
 from torchreg import L1, ElasticNet, ProxSGD
 from torchreg.kernels.rounding import stochastic_round_
 

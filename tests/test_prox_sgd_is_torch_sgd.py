@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from optimizer_cases import identical
 from torch.nn import Parameter
 from torch.testing._internal.common_optimizers import (
     OptimizerErrorEnum,
@@ -16,7 +17,6 @@ from torch.testing._internal.common_optimizers import (
     optim_inputs_func_sgd,
 )
 
-from optimizer_cases import identical
 from torchreg import ProxSGD
 
 INPUTS = optim_inputs_func_sgd("cpu", torch.float64)

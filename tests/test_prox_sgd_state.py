@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.optim.lr_scheduler import OneCycleLR, StepLR
-
 from optimizer_cases import (
     PENALTIES,
     OptimizerCase,
@@ -24,6 +20,10 @@ from optimizer_cases import (
     set_gradients,
     snapshot,
 )
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+
 from torchreg import L1, ElasticNet, ProxSGD, Regularizer
 
 
@@ -62,13 +62,17 @@ def contents(opt: torch.optim.Optimizer) -> tuple[list[Tensor], Any]:
     """All that a failed load must leave alone: weights, state tensors, groups."""
     params = [p for group in opt.param_groups for p in group["params"]]
     states = [entry for state in opt.state.values() for entry in state.values()]
-    return snapshot(params) + snapshot(states), [{**g, "strength_scale": float(g["strength_scale"])} for g in opt.param_groups]
+    return snapshot(params) + snapshot(states), [
+        {**g, "strength_scale": float(g["strength_scale"])} for g in opt.param_groups
+    ]
 
 
 @optimizers_and_hyperparameters
 @penalties
 def test_a_state_dict_holds_numbers_strings_and_tensors(case, hyper, penalty):
-    opt, _ = trained(case, torch.bfloat16, penalty=penalty, strength_scale=torch.tensor(0.5), lr=torch.tensor(0.1), **hyper)
+    opt, _ = trained(
+        case, torch.bfloat16, penalty=penalty, strength_scale=torch.tensor(0.5), lr=torch.tensor(0.1), **hyper
+    )
     state = opt.state_dict()
     assert {type(leaf) for leaf in leaves(state)} <= {int, float, bool, str, Tensor, type(None)}
     opt.load_state_dict(saved(state))
@@ -175,7 +179,9 @@ def test_a_checkpoint_of_torch_sgd_loads_and_keeps_the_penalty(kwargs):
     assert (group["penalty"], group["lr"], group["momentum"]) == (L1(0.3), 0.3, kwargs.get("momentum", 0))
     assert group["strength_scale"] is scale
     if kwargs:
-        assert identical([opt.state[p]["momentum_buffer"] for p in params], [theirs.state[p]["momentum_buffer"] for p in params])
+        assert identical(
+            [opt.state[p]["momentum_buffer"] for p in params], [theirs.state[p]["momentum_buffer"] for p in params]
+        )
     opt.step()
 
 
@@ -282,7 +288,9 @@ def test_distributed_checkpoints_change_no_weight(case, hyper, lr, dtype):
     train(opt, params, range(2, 4))
 
     resumed = copy.deepcopy(model)
-    other = case(Regularizer(resumed, {"0.weight": L1(0.5), "1.weight": ElasticNet(0.1, 0.2)}).param_groups(), lr=lr, **hyper)
+    other = case(
+        Regularizer(resumed, {"0.weight": L1(0.5), "1.weight": ElasticNet(0.1, 0.2)}).param_groups(), lr=lr, **hyper
+    )
     others = list(resumed.parameters())
     for p, w in zip(others, weights, strict=True):
         p.data.copy_(w)

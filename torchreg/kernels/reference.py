@@ -61,9 +61,9 @@ def descend_(
         param.add_(grad, alpha=-lr)
     elif param.dtype in HALF:  # whose own precision is too low for a learning rate
         w = param.float()
-        param.copy_(w.addcmul_(grad.float(), like(lr, w), value=-1))
+        param.copy_(w.addcmul_(grad.float(), like(lr, w), value=-1))  # type: ignore[arg-type]
     else:
-        param.addcmul_(grad, like(lr, grad), value=-1)
+        param.addcmul_(grad, like(lr, grad), value=-1)  # type: ignore[arg-type]
 
 
 def _update(param: Tensor, grad: Tensor, buffer: Tensor | None, first: bool, step: SGDStep) -> None:

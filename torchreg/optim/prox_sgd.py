@@ -270,7 +270,9 @@ class ProxSGD(Optimizer):
 
 def _rounds(group: Mapping[str, Any]) -> bool:
     """Whether the group's steps round stochastically."""
-    return group["penalty"] is not None and group["stochastic_rounding"] and any(p.dtype in HALF for p in group["params"])
+    return (
+        group["penalty"] is not None and group["stochastic_rounding"] and any(p.dtype in HALF for p in group["params"])
+    )
 
 
 def _number(group: Mapping[str, Any], key: str) -> float | Tensor:
