@@ -84,6 +84,8 @@ def test_the_conversion_of_strengths_holds(elsewhere, here, loss_name):
         name = re.search(r"`(\w+)\(", elsewhere).group(1)
         if name == "LogisticRegression":
             ratio = 1.0 if elsewhere.endswith("L1") else 0.0
+            if linear_model.LogisticRegression().penalty == "l2":  # before scikit-learn 1.8 it hides l1_ratio
+                options["penalty"] = "elasticnet"
             solver = linear_model.LogisticRegression(C=C, l1_ratio=ratio, solver="saga", **options)
             y = classes
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -26,8 +27,13 @@ class SGDTensors:
 
     def take(self, indices: list[int]) -> SGDTensors:
         """The entries at ``indices``."""
-        lists = {name: entries for name, entries in vars(self).items() if entries}
-        return SGDTensors(**{name: [entries[i] for i in indices] for name, entries in lists.items()})
+
+        def some(entries: list[Any]) -> list[Any]:
+            return [entries[i] for i in indices] if entries else []
+
+        return SGDTensors(
+            some(self.params), some(self.grads), some(self.momentum_buffers), some(self.first), some(self.seeds)
+        )
 
 
 @dataclass(frozen=True)
