@@ -226,6 +226,9 @@ def test_tensorboard_reads_curves_and_hparams(small, method):
     hparams = plugin_data_pb2.HParamsPluginData.FromString(plugin.content).session_start_info.hparams
     assert hparams["method"].string_value == method
     assert hparams["seed"].number_value == 1
+    assert (hparams["l1"].number_value > 0) == ("l1" in method or "elastic" in method)
+    assert (hparams["l2"].number_value > 0) == ("l2" in method or "elastic" in method)
+    assert sorted(hparams)[:4] == ["l1", "l2", "method", "seed"]  # TensorBoard's table opens with the first five
 
 
 def test_prox_runs_log_their_threshold(small):
