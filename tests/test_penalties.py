@@ -574,3 +574,11 @@ def test_what_is_no_step_is_refused(case, step, error, said):
 def test_what_is_no_dict_form_is_refused(data, error, said):
     with pytest.raises(error, match=re.escape(said)):
         from_dict(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64])
+def test_a_threshold_beyond_the_range_of_the_type_zeroes_what_is_finite(dtype):
+    w = torch.tensor([2.0, -3.0, math.inf], dtype=dtype)
+    for result in (L1(1e300).prox(w), L1(1e300).prox_(w.clone())):
+        assert result[:2].tolist() == [0, 0]
+        assert torch.isinf(result[2])

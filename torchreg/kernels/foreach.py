@@ -11,6 +11,7 @@ from torchreg.kernels import reference, tiled
 from torchreg.kernels.penalties import shrinkage
 from torchreg.kernels.problem import SGDStep, SGDTensors
 from torchreg.penalties import Penalty
+from torchreg.penalties.base import representable
 
 
 def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:
@@ -67,6 +68,7 @@ def _prox_(params: list[Tensor], penalty: Penalty, prox_step: float | Tensor) ->
         return
     threshold, divisor = shrink
     if threshold != 0:
+        threshold = float(representable(threshold, params[0]))
         clamped = torch._foreach_clamp_min(params, -threshold)
         torch._foreach_clamp_max_(clamped, threshold)
         torch._foreach_sub_(params, clamped)

@@ -99,6 +99,11 @@ def like(value: Strength | Step, w: Tensor) -> Strength | Step:
     return value.to(device=w.device, dtype=w.dtype.to_real() if w.is_complex() else w.dtype)
 
 
+def representable(value: float | Tensor, w: Tensor) -> float | Tensor:
+    """``value``, or the largest number that ``w``'s type holds: torch refuses to clamp by a larger one."""
+    return value if isinstance(value, Tensor) else min(value, torch.finfo(w.dtype).max)
+
+
 def host_scalar(value: float | Tensor) -> float | Tensor:
     """A float where reading it stalls no device, hides nothing from autograd and breaks no traced graph."""
     if not isinstance(value, Tensor):

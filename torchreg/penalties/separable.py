@@ -20,6 +20,7 @@ from torchreg.penalties.base import (
     checked_weight,
     host_scalar,
     like,
+    representable,
     strength_field,
 )
 
@@ -30,6 +31,7 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
     Written as x − clamp(x, −t, t): NaN stays NaN, ±inf stays ±inf, and what is shrunk away is +0.0 (``sign·relu``
     and ``softshrink`` give −0.0, ``max(|x| − t, 0)`` in a kernel turns NaN into 0, and (1 − t/|x|)·x is 0/0 at 0).
     """
+    threshold = representable(threshold, x)
     if not x.is_complex():
         return x - torch.clamp(x, -threshold, threshold)  # type: ignore[arg-type]
     modulus = x.abs()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torchreg.penalties.base import representable
+
 TILE = 1 << 18
 """Elements per tile: 1 MiB of float32, about half of a core's L2 cache, and enough to keep torch's threads busy."""
 
@@ -47,6 +49,7 @@ def norm(w: Tensor, order: float) -> Tensor:
 def shrink_(w: Tensor, threshold: float, divisor: float, scratch: Tensor | None = None) -> None:
     """Soft-threshold and divide a real tensor in place; ``scratch`` spares the allocation of a temporary."""
     if threshold != 0:
+        threshold = float(representable(threshold, w))
         w.sub_(torch.clamp(w, -threshold, threshold, out=scratch))
     if divisor != 1:
         w.div_(divisor)
