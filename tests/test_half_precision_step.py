@@ -128,6 +128,26 @@ def test_replicas_agree_and_runs_repeat(case, dtype):
     assert identical(runs[0][:4], runs[2][:4])
 
 
+@halves
+def test_the_random_numbers_follow_the_memory_not_the_indices(dtype):
+    values = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    last = values.to(memory_format=torch.channels_last)
+    target = torch.empty_like(last, dtype=dtype)
+    stochastic_round_(target, last, 7)
+    assert torch.equal(target.permute(0, 2, 3, 1), rounded(last.permute(0, 2, 3, 1).contiguous(), dtype, 7))
+    assert not torch.equal(target, rounded(values, dtype, 7))
+
+
+@optimizers
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_what_rounds_to_zero_is_positive_zero(case, stochastic):
+    p = nn.Parameter(torch.full((1000,), -6e-8, dtype=torch.float16))  # the smallest number, to be halved
+    p.grad = torch.zeros_like(p)
+    case([p], lr=1.0, penalty=ElasticNet(0.0, 1.5), stochastic_rounding=stochastic).step()
+    assert (p == 0).any()
+    assert not torch.signbit(p[p == 0]).any()
+
+
 @optimizers
 @halves
 def test_rounding_differs_between_steps_and_parameters(case, dtype):

@@ -239,10 +239,11 @@ def test_value_is_the_formula_in_any_shape_and_dtype(case, dtype, shape):
 
 @every_penalty
 def test_value_of_a_large_tensor_is_accurate_in_float32(case):
-    w = some_weights(4 * tiles.TILE, dtype=torch.float32)
-    for weight in (w, w.view(1024, -1).t(), w.requires_grad_()):
+    """torch's own norms are off by more than 1e-5 here: of one sign, all weights add to the same running sums."""
+    large = torch.rand(2048, 4096, generator=torch.Generator().manual_seed(0))
+    for weight in (large, large.t(), large[:, ::2], large[:1024].clone().requires_grad_()):
         exact = case.brute_value(weight.detach().double()).sum()
-        assert abs(case.penalty().value(weight).item() / exact.item() - 1) < 1e-6
+        assert abs(case.penalty().value(weight).item() / exact.item() - 1) < 4e-6
 
 
 @every_penalty

@@ -229,6 +229,10 @@ def spoiled(state: dict[str, Any], how: str) -> Any:
             group["lr"] = -1.0
         case "momentum 1":
             group["momentum"] = 1.0
+        case "learning rate is text":
+            group["lr"] = "0.1"
+        case "momentum buffer is text":
+            state["state"][3]["momentum_buffer"] = "none"
     return state
 
 
@@ -248,6 +252,8 @@ SPOILED = [
     "bad strength scale",
     "bad learning rate",
     "momentum 1",
+    "learning rate is text",
+    "momentum buffer is text",
 ]
 
 
@@ -259,7 +265,7 @@ def test_a_wrong_checkpoint_is_refused_and_changes_nothing(case, how):
     state["param_groups"][0]["strength_scale"] = 4.0
     scale = opt.param_groups[0]["strength_scale"]
     before, groups = contents(opt)
-    with pytest.raises(TypeError if how == "penalty is a number" else ValueError):
+    with pytest.raises(TypeError if how.endswith((" number", " text")) else ValueError):
         opt.load_state_dict(spoiled(state, how))
     after, groups_after = contents(opt)
     assert identical(before, after)

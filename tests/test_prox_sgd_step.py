@@ -447,6 +447,18 @@ def test_what_is_no_penalty_is_refused(case, penalty, message):
 
 
 @optimizers
+def test_a_penalty_that_does_not_fit_is_refused_before_anything_changes(case):
+    params = parameters()
+    opt = case([{"params": params[:1]}, {"params": params[1:]}], momentum=0.9)
+    opt.param_groups[1]["penalty"] = L1(torch.ones(7))
+    before = snapshot(params)
+    with pytest.raises(ValueError, match=r"broadcast.*\(7,\)"):
+        opt.step()
+    assert identical(before, snapshot(params))
+    assert not opt.state
+
+
+@optimizers
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate:UserWarning")
 def test_parameters_that_cannot_be_penalised_are_refused(case):
     opt = case([scalar(1.0)], penalty=L1(0.1))

@@ -133,12 +133,14 @@ def share_scales(groups: list[dict[str, Any]], current: list[dict[str, Any]]) ->
 
 
 def check_state_shapes(groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any], keys: Iterable[str]) -> None:
-    """Raise ``ValueError`` if a loaded buffer has another shape than its parameter."""
+    """Raise unless every loaded buffer is a tensor of its parameter's shape, or None."""
     for i, group in enumerate(groups):
         for position, p in enumerate(group["params"]):
             for key in keys:
                 buffer = state.get(p, {}).get(key) if isinstance(p, Tensor) else None
-                if isinstance(buffer, Tensor) and buffer.shape != p.shape:
+                if buffer is not None and not isinstance(buffer, Tensor):
+                    raise TypeError(f"Expected the loaded {key!r} to be a tensor, got {type(buffer).__name__}.")
+                if buffer is not None and buffer.shape != p.shape:
                     raise ValueError(
                         f"The loaded {key!r} of parameter {position} of group {i} has the shape {tuple(buffer.shape)}, "
                         f"its parameter {tuple(p.shape)}: the checkpoint is of another model."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -211,6 +212,10 @@ class ProxSGD(Optimizer):
         return loss
 
     def _hyperparameters(self, group: Mapping[str, Any]) -> kernels.SGDStep:
+        penalty = checked_penalty(group["penalty"])
+        if penalty is not None and any(isinstance(s, Tensor) for s in penalty.strengths().values()):
+            for p in group["params"]:
+                penalty.check_shape(p.shape)
         return kernels.SGDStep(
             lr=_read(_number(group, "lr"), group),
             momentum=group["momentum"],
@@ -218,7 +223,7 @@ class ProxSGD(Optimizer):
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
-            penalty=checked_penalty(group["penalty"]),
+            penalty=penalty,
             prox_step=self.effective_step(group),
             stochastic_rounding=group["stochastic_rounding"],
             differentiable=group["differentiable"],
@@ -293,6 +298,9 @@ def _read(lr: float | Tensor, group: Mapping[str, Any]) -> float | Tensor:
 
 def _check_group(group: Mapping[str, Any]) -> None:
     """Raise unless the hyperparameters make sense; the wording of the first five is torch.optim.SGD's."""
+    for key in ("lr", "momentum", "dampening", "weight_decay"):
+        if not isinstance(group[key], (numbers.Real, Tensor)):
+            raise TypeError(f"Expected `{key}` to be a number, got {group[key]!r}.")
     lr, momentum = group["lr"], group["momentum"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")

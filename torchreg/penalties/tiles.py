@@ -39,10 +39,12 @@ def norm(w: Tensor, order: float) -> Tensor:
     """``(Σ|w|^order)^(1/order)`` of all elements, real, 0-d, without a temporary of the size of ``w``.
 
     torch's float32 norm on the CPU accumulates in one running sum per lane (7e-5 off at 4 M elements), so
-    large tensors are summed tile by tile.
+    large tensors are summed tile by tile, or in float64 where they are not dense.
     """
     if is_tiled(w):
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t, order) for t in tiles(w)]), order)
+    if w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() > TILE and not torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(w, order, dtype=torch.float64).to(w.dtype)
     return torch.linalg.vector_norm(w, order)
 
 
