@@ -217,6 +217,35 @@ def test_a_failing_writer_warns_once_and_never_stops_the_training():
     assert monitor.report.fraction == 0.5
 
 
+def test_a_method_that_fails_leaves_the_others_alone():
+    class NoImages(Recorder):
+        def add_image(self, *args, **kwargs):
+            raise RuntimeError("no image today")
+
+    writer = NoImages()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with SparsityMonitor(linear([0.0, 1.0]), writer, every=1, images=True) as monitor:
+            for _ in range(3):
+                monitor.step()
+    assert len(writer.scalars["sparsity/total"]) == 3
+    assert [w.filename for w in caught] == [__file__], "one warning, about the user's line"
+    assert "add_image() is not called any more" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("flying", [None, KeyError("the user's")], ids=["no error", "an error"])
+def test_a_closing_log_that_fails_does_not_replace_a_flying_error(flying):
+    def train(weights):
+        with SparsityMonitor(weights, Recorder()) as monitor:
+            monitor.step()
+            weights["w"] = torch.ones(2, device="meta")
+            if flying:
+                raise flying
+
+    with pytest.raises(KeyError if flying else ValueError, match="the user's" if flying else "'w' on the meta device"):
+        train({"w": torch.ones(2)})
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_warns_and_never_stops_the_training(tmp_path):
@@ -252,6 +281,51 @@ def test_a_senseless_interval_is_refused(every):
 def test_nothing_to_watch_is_refused():
     with pytest.raises(TypeError, match="no floating point parameter"):
         SparsityMonitor(nn.ReLU(), Recorder())
+
+
+def test_tensors_without_values_are_refused_by_name():
+    for net in (nn.Linear(2, 2, device="meta"), nn.LazyLinear(2)):
+        with pytest.raises(ValueError, match="'weight' on the meta device or not initialised"):
+            SparsityMonitor(net, Recorder())
+
+
+def test_a_loss_of_several_elements_is_refused_at_once():
+    monitor = SparsityMonitor(linear([1.0]), Recorder(), every=100)
+    monitor.step(loss=torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        monitor.step(loss=torch.ones(3))
+    assert monitor.steps == 1
+
+
+@pytest.mark.parametrize("value", ["good", None, torch.ones(2)])
+def test_a_metric_that_is_no_number_is_refused_by_name(value, tmp_path):
+    writer = SummaryWriter(tmp_path)
+    monitor = SparsityMonitor(linear([1.0]), writer)
+    with pytest.raises(TypeError, match="metric 'final/grade'"):
+        monitor.hparams({}, {"final/grade": value})
+    monitor.hparams({"lr": 0.1}, {"final/loss": torch.tensor(0.5), "final/grade": np.float32(2)})
+    writer.close()
+    assert read(tmp_path).Scalars("final/loss")[0].value == 0.5
+
+
+@pytest.mark.parametrize("method", ["parameters", "named_parameters"])
+def test_a_source_that_can_be_read_only_once_is_kept(method):
+    net, writer = linear([0.0, 1.0]), Recorder()
+    monitor = SparsityMonitor(getattr(net, method)(), writer, every=1)
+    for _ in range(2):
+        monitor.step()
+    assert writer.scalars["sparsity/total"] == [(1, 0.5), (2, 0.5)]
+
+
+def test_empty_weights_have_no_picture():
+    class Pictures(Recorder):
+        add_image = add_histogram_raw = lambda self, tag, *args, **kwargs: self.scalars.setdefault(tag, [])
+
+    writer = Pictures()
+    source = {"full": torch.ones(2, 2), "empty": torch.ones(0, 2)}
+    SparsityMonitor(source, writer, every=1, images=True, histograms=True).step()
+    assert {"mask/full", "weights/full", "sparsity/empty"} <= set(writer.scalars)
+    assert not {"mask/empty", "weights/empty"} & set(writer.scalars)
 
 
 def test_a_resumed_run_goes_on_along_the_same_axis():

@@ -50,11 +50,18 @@ def test_every_dtype_and_shape(dtype, shape):
     assert entry.l1_norm == pytest.approx(2 * ((w.numel() + 1) // 2))
 
 
-def test_large_tensors_are_summed_accurately():
-    w = torch.rand(3_000_000)
+@pytest.mark.parametrize("dense", [True, False])
+def test_large_tensors_are_summed_accurately(dense):
+    w = torch.rand(3_000_000) if dense else torch.rand(3_000_000, 2)[:, 0]
     entry = torchreg.sparsity({"w": w}).tensors[0]
-    assert entry.l1_norm == pytest.approx(w.double().sum().item(), rel=3e-6)
-    assert entry.l2_norm == pytest.approx(w.double().norm().item(), rel=2e-5)
+    assert entry.l1_norm == pytest.approx(w.double().sum().item(), rel=1e-12)
+    assert entry.l2_norm == pytest.approx(w.double().norm().item(), rel=1e-12)
+
+
+def test_norms_of_huge_and_tiny_weights_neither_overflow_nor_vanish():
+    huge, tiny = torchreg.sparsity([torch.full((10,), 3e38), torch.full((10,), 1e-30)]).tensors
+    assert (huge.l1_norm, huge.l2_norm) == pytest.approx((3e39, 3e38 * 10**0.5))
+    assert (tiny.l1_norm, tiny.l2_norm) == pytest.approx((1e-29, 1e-30 * 10**0.5))
 
 
 def test_not_a_number_is_no_zero_and_minus_zero_is():

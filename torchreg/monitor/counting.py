@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchreg.penalties import tiles
-from torchreg.penalties.base import arithmetic
 from torchreg.rules import PenalizedModel
 
 NOT_APPLICABLE = -1
 """Stands for the rows and columns of a tensor that has none (fewer than two dimensions)."""
+
+PIECE = 1 << 24
+"""Elements of a large weight that are summed at once on a device: 128 MiB in float64."""
 
 
 @torch.no_grad()
@@ -32,8 +35,21 @@ def counted(w: Tensor) -> Tensor:
     else:
         zeros = (w == 0).sum()
         rows = columns = torch.full_like(zeros, NOT_APPLICABLE)
-    x = arithmetic(w)
-    return torch.stack([part.double() for part in (zeros, rows, columns, tiles.norm(x, 1), tiles.norm(x, 2))])
+    return torch.stack([part.double() for part in (zeros, rows, columns, *_norms(w))])
+
+
+def _norms(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ|w| and √Σ|w|² in float64: in float32, sums drift, overflow and lose the squares of small weights."""
+    dtype = torch.complex128 if w.is_complex() else torch.float64  # torch copies each piece to this type
+    size = tiles.TILE if w.device.type == "cpu" else PIECE
+    whole = w.numel() <= size or not tiles.is_dense(w)
+    pieces = [w] if whole else w.as_strided((w.numel(),), (1,)).split(size)
+
+    def norm(order: int) -> Tensor:
+        parts = [torch.linalg.vector_norm(piece, order, dtype=dtype) for piece in pieces]
+        return torch.linalg.vector_norm(torch.stack(parts), order)
+
+    return norm(1), norm(2)
 
 
 def named_weights(source: Any) -> Iterator[tuple[str, Tensor]]:
@@ -45,6 +61,7 @@ def named_weights(source: Any) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         TypeError: if it is none of these.
+        ValueError: if a tensor holds no values: on the meta device, or a lazy module's before its first call.
     """
     seen: set[Any] = set()
     for name, tensor in _pairs(source):
@@ -52,6 +69,8 @@ def named_weights(source: Any) -> Iterator[tuple[str, Tensor]]:
             raise TypeError(f"Expected tensors to count zeros in, got {type(tensor).__name__} for {name!r}.")
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
+        if tensor.device.type == "meta" or is_lazy(tensor):
+            raise ValueError(f"Expected tensors with values, got {name!r} on the meta device or not initialised yet.")
         key = _identity(tensor)
         if key not in seen:
             seen.add(key)
@@ -86,6 +105,6 @@ def _group_pairs(index: int, group: Mapping[str, Any]) -> list[tuple[str, Tensor
 
 def _identity(tensor: Tensor) -> Any:
     """Equal for two names of the same memory (a tied weight in a state dict is two tensors on one storage)."""
-    if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.device.type == "meta":
+    if tensor.layout != torch.strided or tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

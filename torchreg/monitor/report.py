@@ -116,6 +116,7 @@ def sparsity(source: Any) -> SparsityReport:
 
     Raises:
         TypeError: if ``source`` is none of these.
+        ValueError: if a tensor holds no values (on the meta device, or not initialised yet).
 
     >>> import torch, torchreg
     >>> model = torch.nn.Linear(3, 2, bias=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ LAYOUT = {
     }
 }
 
+EVERYTHING = "everything"
+"""Stands for all methods of a writer."""
+
 
 class SparsityMonitor:
     """Writes to TensorBoard how sparse a model is.
@@ -39,12 +43,12 @@ class SparsityMonitor:
     A log is one transfer from the device to the host; between logs nothing is read and nothing waits. It keeps one
     byte per weight on the device, to know which were zero.
 
-    A writer that fails (full disk, closed file) is reported once as a warning and then left alone: watching never
-    stops the training.
+    A writer that fails never stops the training. After an OSError (full disk, closed writer) nothing more is written;
+    after another error of one of its methods, that method is called no more. Each is reported once, as a warning.
 
     Args:
         source: a `Regularizer` (its penalised parameters are watched), a module (all its parameters), or anything
-            else that `torchreg.sparsity` takes.
+            else that `torchreg.sparsity` takes, such as ``model.named_parameters()``.
         writer: any object with ``add_scalar(tag, value, step)``, such as torch's or tensorboardX's SummaryWriter. The
             monitor flushes it when it is closed; closing it is its owner's task.
         every: steps between logs.
@@ -56,7 +60,7 @@ class SparsityMonitor:
 
     Raises:
         TypeError: if the writer has no method for what it is asked to log, or the source holds no tensors.
-        ValueError: if ``every`` is not a positive integer.
+        ValueError: if ``every`` is not a positive integer, or a tensor holds no values (on the meta device).
 
     >>> import torch, torchreg
     >>> class Printer:
@@ -87,7 +91,7 @@ class SparsityMonitor:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Expected `every` to be a positive integer, got {every!r}.")
         _check_writer(writer, histograms=histograms, images=images, custom_scalars=custom_scalars)
-        self.source = source
+        self.source: Any = list(source) if isinstance(source, Iterator) else source
         self.writer = writer
         self.every = every
         self.optimizer = optimizer
@@ -97,8 +101,8 @@ class SparsityMonitor:
         self.report: SparsityReport | None = None
         self._logged_at = -1
         self._loss: Tensor | float | None = None
-        self._failed = False
-        weights = list(named_weights(source))
+        self._stopped: set[str] = set()
+        weights = list(named_weights(self.source))
         if not weights:
             raise TypeError("There is no floating point parameter to watch.")
         self._were_zero = {name: w.detach() == 0 for name, w in weights}
@@ -110,7 +114,12 @@ class SparsityMonitor:
 
         Args:
             loss: the data's loss of this step, without the penalty. It is read only when it is logged.
+
+        Raises:
+            ValueError: if the loss is a tensor of several elements.
         """
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"Expected `loss` to be one number, got a tensor of the shape {tuple(loss.shape)}.")
         self.steps += 1
         self._loss = loss.detach() if isinstance(loss, Tensor) else loss
         if self.steps % self.every == 0:
@@ -125,7 +134,8 @@ class SparsityMonitor:
         pending = [counted(w) for _, w in weights]
         pending += [changes, *(_tensor(value) for value in scalars.values())]
         pending += [nonzero_histogram(w) for _, w in weights] if self.histograms else []
-        pending += [mask_image(w) for _, w in weights if w.ndim >= 2] if self.images else []
+        drawn = [(name, w) for name, w in weights if w.ndim >= 2 and w.numel()] if self.images else []
+        pending += [mask_image(w) for _, w in drawn]
         fetched = iter(fetch(pending))
 
         report = SparsityReport(tuple(entry(name, tuple(w.shape), next(fetched).tolist()) for name, w in weights))
@@ -142,25 +152,30 @@ class SparsityMonitor:
         if self.histograms:
             for name, _ in weights:
                 self._histogram(f"weights/{name}", Histogram.from_vector(next(fetched)))
-        if self.images:
-            for name, w in weights:
-                if w.ndim >= 2:
-                    self._write("add_image", f"mask/{name}", enlarged(next(fetched)), self.steps, dataformats="HW")
+        for name, _ in drawn:
+            self._write("add_image", f"mask/{name}", enlarged(next(fetched)), self.steps, dataformats="HW")
         return report
 
     def hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Write a row of TensorBoard's HParams page into this very run (torch's default makes a run of its own).
 
+        Call it last, after the monitor is closed: the row is a file of its own in the run, and a TensorBoard that has
+        gone on to it reads nothing more from the file before.
+
         Args:
             hparams: settings by name; what is no bool, string or number is written as text.
             metrics: final results by name.
+
+        Raises:
+            TypeError: if a metric is no number, or the writer has no ``add_hparams``.
         """
         if not hasattr(self.writer, "add_hparams"):
             raise TypeError(f"The writer {type(self.writer).__name__} has no method add_hparams.")
         plain = {k: v if isinstance(v, (bool, str, int, float)) else str(v) for k, v in hparams.items()}
+        results = {name: _number(name, value) for name, value in metrics.items()}
         known = inspect.signature(self.writer.add_hparams).parameters
         place = {"run_name": "."} if "run_name" in known else {"name": "."} if "name" in known else {}
-        self._write("add_hparams", plain, dict(metrics), **place)
+        self._write("add_hparams", plain, results, **place)
 
     def close(self) -> None:
         """Log the last steps if they are not logged yet, and flush the writer."""
@@ -172,8 +187,9 @@ class SparsityMonitor:
     def __enter__(self) -> SparsityMonitor:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with suppress(Exception) if error is not None else nullcontext():  # the first error is the one to see
+            self.close()
 
     def state_dict(self) -> dict[str, int]:
         """The number of steps: a resumed run goes on along the same axis."""
@@ -219,18 +235,29 @@ class SparsityMonitor:
             self._write("add_histogram_raw", tag, *moments, h.limits, h.counts, self.steps)
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self._failed:
+        if self._stopped & {method, EVERYTHING}:
             return
         try:
             getattr(self.writer, method)(*args, **kwargs)
         except Exception as error:
-            self._failed = True
+            what = EVERYTHING if isinstance(error, OSError) else method
+            self._stopped.add(what)
+            rest = "nothing more is logged" if what is EVERYTHING else f"{method}() is not called any more"
             warnings.warn(
-                f"Writing to {type(self.writer).__name__} failed ({type(error).__name__}: {error}); nothing more is "
-                "logged, the training goes on.",
+                f"{type(self.writer).__name__}.{method}() failed ({type(error).__name__}: {error}); {rest}, "
+                "the training goes on.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=_callers_level(),
             )
+
+
+def _callers_level() -> int:
+    """The stacklevel, for a warning of the function that calls this one, of the first caller outside the library."""
+    level, frame = 1, inspect.currentframe()
+    frame = frame and frame.f_back
+    while frame and frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torchreg", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _check_writer(writer: Any, *, histograms: bool, images: bool, custom_scalars: bool) -> None:
@@ -251,3 +278,12 @@ def _tensor(value: Tensor | float) -> Tensor:
     return (
         value.detach().double().reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch raises RuntimeError for several elements
+        pass
+    raise TypeError(f"Expected the metric {name!r} to be a number, got {value!r}.")
