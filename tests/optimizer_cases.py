@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchreg import L1, L2, ElasticNet, ProxSGD
+from torchreg.kernels import native
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,27 @@ optimizers_and_hyperparameters = pytest.mark.parametrize(
     ],
 )
 penalties = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
-foreach_or_not = pytest.mark.parametrize("foreach", [False, True, None], ids=["loop", "foreach", "default"])
+
+FORMS: dict[str, dict[str, Any]] = {
+    "loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "default": {},
+    "fused": {"fused": True},
+}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def forms_and_dtypes(dtypes: list[torch.dtype]) -> Any:
+    """Every form with every dtype that it computes in, on the CPU."""
+    return pytest.mark.parametrize(
+        ("form", "dtype"),
+        [
+            pytest.param(form, dtype, id=f"{name}-{dtype}")
+            for name, form in FORMS.items()
+            for dtype in dtypes
+            if name != "fused" or dtype in native.DTYPES
+        ],
+    )
 
 
 def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:

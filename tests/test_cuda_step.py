@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from optimizer_cases import (
-    foreach_or_not,
+    forms,
     optimizers,
     optimizers_and_hyperparameters,
     parameters,
@@ -29,13 +29,13 @@ def on_gpu(params: list[nn.Parameter]) -> list[nn.Parameter]:
 
 @optimizers_and_hyperparameters
 @penalties
-@foreach_or_not
+@forms
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str)
-def test_results_are_those_of_the_cpu(case, hyper, penalty, foreach, dtype):
+def test_results_are_those_of_the_cpu(case, hyper, penalty, form, dtype):
     params = parameters(dtype)
     moved = on_gpu(params)
     a = case(params, penalty=penalty, **hyper)
-    b = case(moved, penalty=penalty.to("cuda"), foreach=foreach, **hyper)
+    b = case(moved, penalty=penalty.to("cuda"), **form, **hyper)
     for step in range(3):
         set_gradients(params, step)
         for p, cpu in zip(moved, params, strict=True):
@@ -49,13 +49,13 @@ def test_results_are_those_of_the_cpu(case, hyper, penalty, foreach, dtype):
 
 
 @optimizers_and_hyperparameters
-@foreach_or_not
+@forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", ["float", "cpu", "cuda"])
-def test_no_step_waits_for_the_device(case, hyper, foreach, dtype, scale):
+def test_no_step_waits_for_the_device(case, hyper, form, dtype, scale):
     params = on_gpu(parameters(dtype))
     strength_scale = 0.5 if scale == "float" else torch.tensor(0.5, device=scale)
-    opt = case(params, penalty=ElasticNet(0.3, 0.2), strength_scale=strength_scale, foreach=foreach, **hyper)
+    opt = case(params, penalty=ElasticNet(0.3, 0.2), strength_scale=strength_scale, **form, **hyper)
     opt.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -65,13 +65,13 @@ def test_no_step_waits_for_the_device(case, hyper, foreach, dtype, scale):
 
 
 @optimizers
-@foreach_or_not
+@forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cuda_graph_replays_the_step_with_new_numbers(case, foreach, dtype):
+def test_a_cuda_graph_replays_the_step_with_new_numbers(case, form, dtype):
     def start():
         params = on_gpu(parameters(dtype))
         lr, scale = torch.tensor(0.1, device="cuda"), torch.tensor(1.0, device="cuda")
-        kwargs = {"momentum": 0.9, "penalty": L1(0.3), "capturable": True, "foreach": foreach}
+        kwargs = {"momentum": 0.9, "penalty": L1(0.3), "capturable": True, **form}
         return params, lr, scale, case(params, lr=lr, strength_scale=scale, **kwargs)
 
     params, lr, scale, opt = start()

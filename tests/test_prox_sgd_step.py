@@ -9,7 +9,8 @@ import pytest
 import torch
 from optimizer_cases import (
     OPTIMIZERS,
-    foreach_or_not,
+    forms,
+    forms_and_dtypes,
     identical,
     optimizers,
     optimizers_and_hyperparameters,
@@ -37,12 +38,11 @@ def scalar(value: float, grad: float = 0.0, dtype: torch.dtype = torch.float32) 
 
 @optimizers_and_hyperparameters
 @penalties
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("foreach", [True, None], ids=["foreach", "default"])
-def test_implementations_agree_with_the_reference(case, hyper, penalty, dtype, foreach):
+@forms_and_dtypes(DTYPES)
+def test_implementations_agree_with_the_reference(case, hyper, penalty, dtype, form):
     reference, other = parameters(dtype), parameters(dtype)
     a = case(reference, penalty=penalty, foreach=False, **hyper)
-    b = case(other, penalty=penalty, foreach=foreach, **hyper)
+    b = case(other, penalty=penalty, **form, **hyper)
     for step in range(4):
         for params in (reference, other):
             set_gradients(params, step)
@@ -78,21 +78,21 @@ def test_multi_tensor_operations_agree_with_the_reference(penalty, dtype):
             assert not torch.signbit(got[got == 0]).any()
 
 
-@foreach_or_not
+@forms
 @pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}], ids=["plain", "all"])
 @pytest.mark.parametrize("penalty", [L1(0.01), ElasticNet(0.01, 0.02)], ids=["L1", "ElasticNet"])
 @pytest.mark.parametrize("shape", [(torchreg.penalties.tiles.TILE + 1000,), (3, 100_000), (4, 8, 100, 100)], ids=str)
-def test_large_tensors_agree_with_torch_sgd_and_a_prox(foreach, hyper, penalty, shape):
+def test_large_tensors_agree_with_torch_sgd_and_a_prox(form, hyper, penalty, shape):
     torch.manual_seed(0)
     start = torch.randn(shape, dtype=torch.float64)
     if len(shape) > 1:
         start = start.transpose(0, 1)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a = ProxSGD([ours], lr=0.1, penalty=penalty, foreach=foreach, **hyper)
+    a = ProxSGD([ours], lr=0.1, penalty=penalty, **form, **hyper)
     b = torch.optim.SGD([theirs], lr=0.1, **hyper)
     for _ in range(2):
         grad = torch.randn(theirs.shape, dtype=torch.float64)
-        ours.grad, theirs.grad = (grad if foreach else torch.empty_like(start).copy_(grad)), grad.clone()
+        ours.grad, theirs.grad = (grad if form.get("foreach") else torch.empty_like(start).copy_(grad)), grad.clone()
         a.step()
         b.step()
         theirs.data = penalty.prox(theirs.data, ProxSGD.effective_step(a.param_groups[0]))
@@ -100,60 +100,56 @@ def test_large_tensors_agree_with_torch_sgd_and_a_prox(foreach, hyper, penalty, 
     assert torch.equal(ours == 0, theirs == 0)
 
 
-@foreach_or_not
-def test_a_shrunk_away_weight_is_plus_zero(foreach):
-    for dtype in DTYPES[:4]:
-        p = nn.Parameter(torch.tensor([-0.01, 0.01, -0.0, 0.0], dtype=dtype))
-        p.grad = torch.zeros_like(p)
-        ProxSGD([p], lr=1.0, penalty=L1(0.1), foreach=foreach).step()
-        assert torch.equal(p, torch.zeros_like(p))
-        assert not torch.signbit(p).any()
+@forms_and_dtypes(DTYPES[:4])
+def test_a_shrunk_away_weight_is_plus_zero(form, dtype):
+    p = nn.Parameter(torch.tensor([-0.01, 0.01, -0.0, 0.0], dtype=dtype))
+    p.grad = torch.zeros_like(p)
+    ProxSGD([p], lr=1.0, penalty=L1(0.1), **form).step()
+    assert torch.equal(p, torch.zeros_like(p))
+    assert not torch.signbit(p).any()
 
 
-@foreach_or_not
+@forms_and_dtypes(DTYPES[:4])
 @pytest.mark.parametrize("penalty", [L1(0.1), L2(0.1), ElasticNet(0.1, 0.1)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
-def test_nan_and_infinite_weights_stay(foreach, penalty, dtype):
+def test_nan_and_infinite_weights_stay(form, penalty, dtype):
     p = nn.Parameter(torch.tensor([math.nan, math.inf, -math.inf, 1.0], dtype=dtype))
     p.grad = torch.zeros_like(p)
-    ProxSGD([p], lr=1.0, penalty=penalty, foreach=foreach).step()
+    ProxSGD([p], lr=1.0, penalty=penalty, **form).step()
     assert p[:3].tolist() == pytest.approx([math.nan, math.inf, -math.inf], nan_ok=True)
     assert 0 < p[3] < 1
 
 
 @optimizers
-@foreach_or_not
-def test_maximize_flips_only_the_gradient_of_the_data(case, foreach):
+@forms
+def test_maximize_flips_only_the_gradient_of_the_data(case, form):
     ascending, descending = parameters(), parameters()
     for p in ascending:
         p.grad.neg_()
-    case(ascending, penalty=ElasticNet(0.3, 0.1), foreach=foreach, maximize=True).step()
-    case(descending, penalty=ElasticNet(0.3, 0.1), foreach=foreach).step()
+    case(ascending, penalty=ElasticNet(0.3, 0.1), **form, maximize=True).step()
+    case(descending, penalty=ElasticNet(0.3, 0.1), **form).step()
     assert identical(snapshot(ascending), snapshot(descending))
 
 
 @optimizers_and_hyperparameters
-@foreach_or_not
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_learning_rate_zero_is_the_identity(case, hyper, foreach, dtype):
+@forms_and_dtypes(DTYPES)
+def test_learning_rate_zero_is_the_identity(case, hyper, form, dtype):
     params = parameters(dtype)
     before = snapshot(params)
     for lr in (0.0, torch.tensor(0.0)):
-        opt = case(params, lr=lr, penalty=ElasticNet(0.3, 0.2), foreach=foreach, **hyper)
+        opt = case(params, lr=lr, penalty=ElasticNet(0.3, 0.2), **form, **hyper)
         opt.step()
         opt.step()
         assert identical(snapshot(params), before)
 
 
 @optimizers_and_hyperparameters
-@foreach_or_not
+@forms_and_dtypes(DTYPES)
 @pytest.mark.parametrize("penalty", [None, ElasticNet(0.3, 0.2)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_are_never_modified(case, hyper, foreach, penalty, dtype):
+def test_gradients_are_never_modified(case, hyper, form, penalty, dtype):
     params = parameters(dtype)
     grads = [p.grad for p in params]
     before = [g.clone() for g in grads]
-    opt = case(params, penalty=penalty, foreach=foreach, **hyper)
+    opt = case(params, penalty=penalty, **form, **hyper)
     for _ in range(2):
         opt.step()
     assert all(p.grad is g for p, g in zip(params, grads, strict=True))
@@ -161,14 +157,14 @@ def test_gradients_are_never_modified(case, hyper, foreach, penalty, dtype):
 
 
 @optimizers
-@foreach_or_not
-def test_what_has_no_gradient_or_is_frozen_is_left_alone(case, foreach):
+@forms
+def test_what_has_no_gradient_or_is_frozen_is_left_alone(case, form):
     params = parameters()
     params[0].grad = None
     params[1].grad = None
     params[1].requires_grad_(False)
     before = snapshot(params)
-    opt = case(params, penalty=L1(0.3), momentum=0.9, foreach=foreach)
+    opt = case(params, penalty=L1(0.3), momentum=0.9, **form)
     opt.step()
     assert identical(snapshot(params)[:2], before[:2])
     assert params[0] not in opt.state
@@ -176,9 +172,9 @@ def test_what_has_no_gradient_or_is_frozen_is_left_alone(case, foreach):
 
 
 @optimizers
-@foreach_or_not
-def test_a_parameter_unfrozen_late_has_its_own_first_step(case, foreach):
-    hyper = {"momentum": 0.9, "dampening": 0.5, "penalty": L1(0.3), "foreach": foreach}
+@forms
+def test_a_parameter_unfrozen_late_has_its_own_first_step(case, form):
+    hyper = {"momentum": 0.9, "dampening": 0.5, "penalty": L1(0.3), **form}
     late, early = parameters(), parameters()
     opt = case(late, **hyper)
     for p in late[:1]:
@@ -191,8 +187,8 @@ def test_a_parameter_unfrozen_late_has_its_own_first_step(case, foreach):
     assert identical(snapshot(late[:1]), snapshot(early[:1]))
 
 
-@foreach_or_not
-def test_the_threshold_counts_the_gain_of_momentum(foreach):
+@forms
+def test_the_threshold_counts_the_gain_of_momentum(form):
     for hyper, gain in (
         ({}, 1),
         ({"momentum": 0.9}, 10),
@@ -200,7 +196,7 @@ def test_the_threshold_counts_the_gain_of_momentum(foreach):
         ({"momentum": 0.9, "nesterov": True}, 10),
     ):
         p = scalar(1.0, dtype=torch.float64)
-        opt = ProxSGD([p], lr=0.1, penalty=L1(0.3), foreach=foreach, **hyper)
+        opt = ProxSGD([p], lr=0.1, penalty=L1(0.3), **form, **hyper)
         opt.step()
         assert p.item() == pytest.approx(1 - 0.1 * gain * 0.3, rel=1e-12)
         assert ProxSGD.effective_step(opt.param_groups[0]) == pytest.approx(0.1 * gain)
@@ -210,12 +206,12 @@ def test_the_threshold_counts_the_gain_of_momentum(foreach):
 
 
 @optimizers
-@foreach_or_not
-def test_the_strength_scale_multiplies_the_strength_of_the_next_step(case, foreach):
+@forms
+def test_the_strength_scale_multiplies_the_strength_of_the_next_step(case, form):
     scale = torch.tensor(1.0)
     shared, own = parameters(), parameters()
-    a = case(shared, penalty=ElasticNet(0.3, 0.1), strength_scale=scale, foreach=foreach)
-    b = case(own, penalty=ElasticNet(0.3, 0.1), foreach=foreach)
+    a = case(shared, penalty=ElasticNet(0.3, 0.1), strength_scale=scale, **form)
+    b = case(own, penalty=ElasticNet(0.3, 0.1), **form)
     for value in (1.0, 0.5, 0.0, 2.0):
         scale.fill_(value)
         b.param_groups[0]["penalty"] = ElasticNet(0.3 * value, 0.1 * value)
@@ -245,14 +241,14 @@ def test_what_is_no_strength_scale_is_refused(scale):
 
 
 @optimizers_and_hyperparameters
-@foreach_or_not
+@forms
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 @pytest.mark.parametrize("penalty", [None, ElasticNet(0.3, 0.1)], ids=str)
-def test_tensor_learning_rates_and_capturable_give_equal_results(case, hyper, foreach, shape, penalty):
+def test_tensor_learning_rates_and_capturable_give_equal_results(case, hyper, form, shape, penalty):
     results = []
     for lr, capturable in ((0.125, False), (torch.full(shape, 0.125), False), (torch.full(shape, 0.125), True)):
         params = parameters(torch.float64)
-        opt = case(params, lr=lr, capturable=capturable, penalty=penalty, foreach=foreach, **hyper)
+        opt = case(params, lr=lr, capturable=capturable, penalty=penalty, **form, **hyper)
         for step in range(3):
             set_gradients(params, step)
             opt.step()
@@ -299,11 +295,11 @@ def test_a_strength_scale_can_be_learned_through_a_differentiable_step():
 
 
 @optimizers_and_hyperparameters
-@foreach_or_not
-def test_found_inf_changes_nothing_and_grad_scale_divides(case, hyper, foreach):
+@forms
+def test_found_inf_changes_nothing_and_grad_scale_divides(case, hyper, form):
     params, plain = parameters(), parameters()
     before = snapshot(params)
-    opt = case(params, penalty=L1(0.3), foreach=foreach, **hyper)
+    opt = case(params, penalty=L1(0.3), **form, **hyper)
     for p in params:
         p.grad.mul_(1024)
     opt.grad_scale, opt.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
@@ -312,7 +308,7 @@ def test_found_inf_changes_nothing_and_grad_scale_divides(case, hyper, foreach):
     assert not opt.state
     opt.found_inf.zero_()
     opt.step()
-    case(plain, penalty=L1(0.3), foreach=foreach, **hyper).step()
+    case(plain, penalty=L1(0.3), **form, **hyper).step()
     assert identical(snapshot(params), snapshot(plain))
 
 
@@ -385,11 +381,11 @@ def test_hooks_run_around_the_step_and_schedulers_accept_the_optimizer(case):
 
 
 @optimizers
-@foreach_or_not
-def test_groups_have_their_own_penalties(case, foreach):
+@forms
+def test_groups_have_their_own_penalties(case, form):
     a, b, c = (scalar(1.0) for _ in range(3))
     groups = [{"params": [a], "penalty": L1(0.1)}, {"params": [b], "penalty": None}, {"params": [c]}]
-    case(groups, lr=1.0, penalty=L1(0.2), foreach=foreach).step()
+    case(groups, lr=1.0, penalty=L1(0.2), **form).step()
     assert [p.item() for p in (a, b, c)] == pytest.approx([0.9, 1.0, 0.8])
 
 
@@ -497,7 +493,15 @@ def test_a_negative_or_nan_learning_rate_is_refused_beside_a_penalty():
         assert opt.param_groups[0]["params"][0].item() == 1.0
 
 
-@pytest.mark.parametrize("kwargs", [{"fused": True}, {"foreach": True, "differentiable": True}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"fused": True, "foreach": True},
+        {"fused": True, "differentiable": True},
+        {"foreach": True, "differentiable": True},
+    ],
+    ids=str,
+)
 def test_implementations_that_do_not_exist_are_refused(kwargs):
     with pytest.raises(RuntimeError, match=r"fused|foreach"):
         ProxSGD([scalar(1.0)], **kwargs)

@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from optimizer_cases import forms
 from sklearn import linear_model
 from sklearn.datasets import load_diabetes, make_regression
 from torch import Tensor, nn
@@ -110,11 +111,11 @@ def assert_solved(w: Tensor, expected: Tensor, rtol: float = 1e-6) -> None:
 @pytest.mark.parametrize("data", ["diabetes", "make_regression"])
 @pytest.mark.parametrize("penalty", ["L1", "L2", "ElasticNet"])
 @pytest.mark.parametrize("hyper", MOMENTA.values(), ids=MOMENTA)
-@pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
-def test_prox_sgd_reaches_the_coefficients_and_their_zeros(data, penalty, hyper, foreach):
+@forms
+def test_prox_sgd_reaches_the_coefficients_and_their_zeros(data, penalty, hyper, form):
     p = problem(data)
     w = nn.Parameter(torch.zeros(p.x.shape[1], dtype=torch.float64))
-    opt = ProxSGD([w], lr=step_size(p, hyper), penalty=penalty_for(data, penalty), foreach=foreach, **hyper)
+    opt = ProxSGD([w], lr=step_size(p, hyper), penalty=penalty_for(data, penalty), **form, **hyper)
     descend(p, opt, w, steps=20_000)
     assert_solved(w.detach(), solution(data, penalty))
     residual = penalty_for(data, penalty).optimality_residual(w.detach(), p.gram @ w.detach() - p.moment)

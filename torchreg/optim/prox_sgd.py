@@ -68,7 +68,9 @@ class ProxSGD(Optimizer):
         foreach: use multi-tensor operations; None chooses (yes on accelerators).
         differentiable: let autograd record the step.
         capturable: never read a tensor on the host, so that CUDA graphs can capture the step.
-        fused: None or False. There is no fused implementation in this version: True is refused.
+        fused: one pass over memory, which also counts zeros (`step_counts`): on CUDA by Triton, on the CPU where a C
+            compiler is found (``TORCHREG_NATIVE=0`` switches that off). None chooses: yes beside a penalty, on the
+            CPU from 65536 weights. True raises where it can't be had. ``torchreg doctor`` tells what a machine has.
         stochastic_rounding: how half-precision weights with a penalty are rounded; False rounds to nearest.
 
     A step with ``found_inf`` set changes nothing. ``state_dict()`` holds numbers, strings and tensors only, penalties
@@ -78,6 +80,7 @@ class ProxSGD(Optimizer):
     Raises:
         ValueError: if a hyperparameter is out of range, a group has an unknown key or lists a penalised parameter
             twice, or a loaded state has other shapes (nothing is changed then).
+        RuntimeError: if ``foreach=True`` or ``fused=True`` can't be had, with the reason.
         TypeError: if a penalty is no `Penalty`, or a gradient is sparse (no weight is changed then).
 
     >>> import torch, torchreg
@@ -128,6 +131,7 @@ class ProxSGD(Optimizer):
             "stochastic_rounding": stochastic_rounding,
         }
         _check_group(defaults)
+        self._fused = kernels.FusedSGD()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,12 +140,14 @@ class ProxSGD(Optimizer):
         check_required(groups, ("lr", "momentum", "dampening", "weight_decay"), "ProxSGD or torch.optim.SGD")
         adopt_penalties(groups, current)
         check_state_shapes(groups, state["state"], ("momentum_buffer",))
-        for group in groups:
+        for i, group in enumerate(groups):
             for key, default in _LATER_KEYS.items():
                 group.setdefault(key, default)
-            group["fused"] = None  # torch.optim.SGD's may say True
+            if i < len(current):
+                group["fused"] = current[i]["fused"]  # a matter of the machine, not of the checkpoint's
             _check_group(group)
         share_scales(groups, current)
+        self._fused = kernels.FusedSGD()
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,7 +158,8 @@ class ProxSGD(Optimizer):
         super().add_param_group(param_group)
         try:
             check_penalized_params(self.param_groups[-1], index=len(self.param_groups) - 1)
-        except (TypeError, ValueError):
+            _check_fused(self.param_groups[-1])
+        except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -200,16 +207,40 @@ class ProxSGD(Optimizer):
                 loss = closure()
 
         self._refuse_sparse_gradients()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        on_device = found_inf is not None and self._step_supports_amp_scaling and not self._starts_damped()
+        if found_inf is not None and not on_device and bool(found_inf):
             return loss
         steps = [self._hyperparameters(group) for group in self.param_groups]  # may raise: before any change
         count = any(map(_rounds, self.param_groups))
-        offset = 0
+        offset, parts = 0, []
         for group, step in zip(self.param_groups, steps, strict=True):
-            kernels.prox_sgd(self._collect(group, offset, count), step, foreach=group["foreach"])
+            parts.append((self._collect(group, offset, count, None if on_device else grad_scale), step))
             offset += len(group["params"])
+        wishes = [(group["fused"], group["foreach"]) for group in self.param_groups]
+        if on_device:
+            kernels.prox_sgd(parts, wishes, self._fused, grad_scale, found_inf)
+        else:
+            kernels.prox_sgd(parts, wishes, self._fused)
         return loss
+
+    def step_counts(self) -> kernels.FusedSGD | None:
+        """What the last step counted of the weights on its way, or None if it was not a fused one."""
+        return self._fused if self._fused.counted() else None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells GradScaler to leave scale and found_inf to the step, which then waits for no device."""
+        return all(g["fused"] and all(p.device.type == "cuda" for p in g["params"]) for g in self.param_groups)
+
+    def _starts_damped(self) -> bool:
+        """Whether a momentum buffer starts whose first gradient is not dampened: the host has to know if it does."""
+        return any(
+            g["momentum"] != 0
+            and g["dampening"] != 0
+            and any(self.state[p].get("momentum_buffer") is None for p in g["params"] if p.grad is not None)
+            for g in self.param_groups
+        )
 
     def _hyperparameters(self, group: Mapping[str, Any]) -> kernels.SGDStep:
         penalty = checked_penalty(group["penalty"])
@@ -239,7 +270,9 @@ class ProxSGD(Optimizer):
                         f"{p.grad.layout}; build its embedding with sparse=False."
                     )
 
-    def _collect(self, group: dict[str, Any], offset: int, count: bool) -> kernels.SGDTensors:
+    def _collect(
+        self, group: dict[str, Any], offset: int, count: bool, grad_scale: Tensor | None
+    ) -> kernels.SGDTensors:
         """The parameters that have a gradient, and their state, created where it is missing.
 
         With ``count`` all get a step counter, also those that are not rounded: torch.distributed.checkpoint expects
@@ -247,7 +280,6 @@ class ProxSGD(Optimizer):
         Not named ``_init_group`` as in torch: torch.compile calls a method of that name instead of tracing it.
         """
         tensors = kernels.SGDTensors()
-        grad_scale = getattr(self, "grad_scale", None)
         for index, p in enumerate(group["params"], start=offset):
             if p.grad is None:
                 continue
@@ -312,13 +344,25 @@ def _check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group["fused"]:
-        raise RuntimeError("`fused=True` asks for an implementation that ProxSGD does not have in this version.")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused=True` records no gradients: use fused=None or False with `differentiable`.")
     if group["foreach"] and group["differentiable"]:
         raise RuntimeError("`foreach=True` records no gradients: use foreach=None or False with `differentiable`.")
     if checked_penalty(group["penalty"]) is not None:
         sgd_momentum_gain(momentum, group["dampening"], group["nesterov"])
     checked_scale(group["strength_scale"])
+
+
+def _check_fused(group: Mapping[str, Any]) -> None:
+    """Raise unless a fused step can be had for every parameter of a group that asks for it."""
+    if not group["fused"]:
+        return
+    for p in group["params"]:
+        reason = kernels.selection.obstacle(p, group["penalty"]) or kernels.selection.unavailable(p.device)
+        if reason is not None:
+            raise RuntimeError(f"`fused=True` can't be had for a parameter of shape {tuple(p.shape)}: {reason}.")
 
 
 _LATER_KEYS: dict[str, Any] = {

@@ -1,0 +1,167 @@
+"""The table that a fused step works from: all tensors of one device and dtype, over all param groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchreg.kernels.problem import SGDStep, SGDTensors
+from torchreg.penalties.base import arithmetic
+from torchreg.penalties.separable import _Shrinkage
+from torchreg.penalties.tiles import is_dense
+
+COLUMNS = ("w", "g", "m", "size", "l1", "l2", "seed", "group", "first")
+"""int64, per tensor: addresses (0: none), elements, the row of its hyperparameters, whether its momentum is fresh."""
+
+HYPERS = ("lr", "momentum", "gain", "decay", "prox_step", "l1", "l2", "sign", "nesterov", "rounds")
+"""float64, per param group; ``gain`` is 1 − dampening, ``sign`` −1 to maximise."""
+
+COUNTS = ("zeros", "new", "revived", "l1", "l2")
+"""float64, per piece: zeros, newly zero, revived, Σ|w| and Σw². New and revived add up until they are taken."""
+
+Part = tuple[SGDTensors, SGDStep]
+
+
+class Plan:
+    """What one launch is told. It is kept between steps: only what changed is made again.
+
+    Attributes:
+        params: the parameters, in the order of the table's columns.
+        table: int64, a row for each of `COLUMNS`, a column per tensor.
+        hypers: float64, a row per param group, a column for each of `HYPERS`.
+        pieces: int64, the tensor and the first element of every piece of at most ``piece_size`` elements.
+        counts: float64, a row per piece, a column for each of `COUNTS`.
+        traced: hyperparameters that are tensors on a device, as (row, column, tensor): the host does not read them.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, piece_size: int) -> None:
+        self.device, self.dtype, self.piece_size = device, dtype, piece_size
+        self.params: list[Tensor] = []
+        self.table = np.zeros((len(COLUMNS), 0), dtype=np.int64)
+        self.hypers = np.zeros((0, len(HYPERS)))
+        self.pieces = np.zeros((2, 0), dtype=np.int64)
+        self.counts = torch.zeros(0, len(COUNTS), dtype=torch.float64, device=device)
+        self.traced: list[tuple[int, int, Tensor]] = []
+        self.seeds: list[int | Tensor] = []
+        self._strengths: dict[tuple[int, str], tuple[Tensor, int, Tensor]] = {}
+        self._owners: Tensor | None = None
+        self._held: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, parts: Sequence[Part]) -> None:
+        """Take over the tensors and hyperparameters of a step."""
+        self._held, self._copies, self.traced, self.seeds = [], [], [], []
+        params = [p for tensors, _ in parts for p in tensors.params]
+        n = len(params)
+        table = np.zeros((len(COLUMNS), n), dtype=np.int64)
+        self.hypers = np.zeros((len(parts), len(HYPERS)))
+        start = 0
+        for row, (tensors, step) in enumerate(parts):
+            here = slice(start, start + len(tensors.params))
+            self._addresses(table[:, here], tensors)
+            self._hyperparameters(row, step)
+            self._strength_addresses(table[:, here], tensors.params, step)
+            table[COLUMNS.index("group"), here] = row
+            if tensors.first:
+                table[COLUMNS.index("first"), here] = tensors.first
+            self.seeds += tensors.seeds or [0] * len(tensors.params)
+            start = here.stop
+        if not any(isinstance(seed, Tensor) for seed in self.seeds):
+            table[COLUMNS.index("seed")] = np.array(self.seeds, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
+        sizes, known = table[COLUMNS.index("size")], self.table[COLUMNS.index("size")]
+        if len(self.params) != n or not all(map(_is, self.params, params)) or not np.array_equal(sizes, known):
+            self._cut(sizes)
+        self.params, self.table = params, table
+
+    def owners(self) -> Tensor:
+        """The tensor of each piece, on the device."""
+        if self._owners is None:
+            self._owners = torch.from_numpy(self.pieces[0].copy()).to(self.device, non_blocking=True)
+        return self._owners
+
+    def finish(self) -> None:
+        """After the step: write back what was worked on in a copy, and tell autograd what was overwritten."""
+        for original, copy in self._copies:
+            original.copy_(copy)
+        self._held, self._copies = [], []
+
+    def _cut(self, sizes: Any) -> None:
+        per_tensor = -(-sizes // self.piece_size)
+        owner = np.repeat(np.arange(len(sizes)), per_tensor)
+        position = np.arange(len(owner)) - np.repeat(np.cumsum(per_tensor) - per_tensor, per_tensor)
+        self.pieces = np.stack([owner, position * self.piece_size]).astype(np.int64)
+        self.counts = torch.zeros(len(owner), len(COUNTS), dtype=torch.float64, device=self.device)
+        self._owners = None
+
+    def _addresses(self, table: Any, tensors: SGDTensors) -> None:
+        """Where the tensors are. What is not laid out like its parameter, or not dense, is worked on in a copy."""
+        weights, grads, buffers = [], [], []
+        for i, p in enumerate(tensors.params):
+            g = tensors.grads[i]
+            m = tensors.momentum_buffers[i] if tensors.momentum_buffers else None
+            w = p if p.is_contiguous() or is_dense(p) else self._copied(p)
+            stride = w.stride()
+            if g.stride() != stride or g.dtype != self.dtype:
+                g = torch.empty_like(w).copy_(g)
+                self._held.append(g)
+            if m is not None and (m.stride() != stride or m.dtype != self.dtype):
+                m = self._copied(m, w)
+            weights.append(w.data_ptr())
+            grads.append(g.data_ptr())
+            buffers.append(0 if m is None else m.data_ptr())
+        table[0], table[1], table[2] = weights, grads, buffers
+        table[3] = [p.numel() for p in tensors.params]
+
+    def _copied(self, original: Tensor, like: Tensor | None = None) -> Tensor:
+        original = original.detach()
+        copy = original.contiguous() if like is None else torch.empty_like(like).copy_(original)
+        self._copies.append((original, copy))
+        return copy
+
+    def _hyperparameters(self, row: int, step: SGDStep) -> None:
+        l1, l2 = step.penalty.parts() if isinstance(step.penalty, _Shrinkage) else (0.0, 0.0)
+        values = {
+            "lr": step.lr,
+            "momentum": step.momentum,
+            "gain": 1 - step.dampening,
+            "decay": step.weight_decay,
+            "prox_step": step.prox_step,
+            "l1": l1,
+            "l2": l2,
+            "sign": -1.0 if step.maximize else 1.0,
+            "nesterov": float(step.nesterov),
+            "rounds": float(step.stochastic_rounding and step.penalty is not None),
+        }
+        for column, value in enumerate(values.values()):
+            if not isinstance(value, Tensor):
+                self.hypers[row, column] = value
+            elif value.ndim and value.numel() != 1:
+                self.hypers[row, column] = 1.0  # strengths of each coordinate, which the table points to
+            elif value.device.type == "cpu":
+                self.hypers[row, column] = float(value)
+            else:
+                self.traced.append((row, column, value.detach().reshape(())))
+
+    def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep) -> None:
+        """Strengths of each coordinate, laid out like the weight; kept while they and the weight stay the same."""
+        if not isinstance(step.penalty, _Shrinkage):
+            return
+        for name, strength in zip(("l1", "l2"), step.penalty.parts(), strict=True):
+            if not isinstance(strength, Tensor) or strength.numel() == 1:
+                continue
+            for i, p in enumerate(params):
+                key = id(p), name
+                known, version, laid_out = self._strengths.get(key, (None, -1, p))
+                if known is not strength or version != strength._version or laid_out.shape != p.shape:
+                    like = p.detach() if is_dense(p) else p.detach().contiguous()
+                    laid_out = torch.empty_like(arithmetic(like)).copy_(strength.expand(p.shape))
+                    self._strengths[key] = strength, strength._version, laid_out
+                table[COLUMNS.index(name), i] = laid_out.data_ptr()
+
+
+def _is(a: Tensor, b: Tensor) -> bool:
+    return a is b

@@ -1,0 +1,138 @@
+/* The proximal SGD step over many tensors in one pass over memory.
+
+   It must agree with reference.py, which is the specification. Compiled without -ffast-math: NaN stays NaN, inf stays
+   inf, and what is shrunk away is +0.0, because it is x - x. The names of columns (COLUMN_w, HYPER_lr, COUNT_zeros, ...)
+   are put before this text by native.py, from plan.py. The file includes itself, once for each type T. */
+
+#ifndef T
+
+#include <stdint.h>
+
+enum { BLOCK = 1024 };
+
+typedef struct {
+    const int64_t *table;  /* COLUMNS rows of `tensors` entries */
+    int64_t tensors;
+    const int64_t *pieces; /* the tensor of each piece, then the first element of each */
+    int64_t count, piece_size;
+    const double *hypers;
+    double *counts;
+} Plan;
+
+#define T float
+#define NAME(x) x##_float32
+#include __FILE__
+#undef T
+#undef NAME
+#define T double
+#define NAME(x) x##_float64
+#include __FILE__
+
+#else
+
+typedef struct {
+    T lr, momentum, gain, decay, threshold, divisor, sign, prox_step, doubled_step;
+    int nesterov;
+} NAME(Numbers);
+
+/* The flags are constants where this is called, so that each call becomes a loop without branches. */
+static inline __attribute__((always_inline)) void NAME(block)(
+    T *restrict w, const T *restrict g, T *restrict m, const T *l1, const T *l2, int n, const NAME(Numbers) h,
+    double *counts, const int momentum, const int nesterov, const int decay, const int divide, const int arrays)
+{
+    int zeros = 0, fresh = 0, revived = 0;
+    T sum = 0, squares = 0;
+#pragma omp simd reduction(+ : zeros, fresh, revived, sum, squares)
+    for (int i = 0; i < n; i++) {
+        const T old = w[i];
+        T u = h.sign * g[i];
+        if (decay)
+            u += h.decay != 0 ? h.decay * old : 0; /* 0 * inf is NaN */
+        if (momentum) {
+            const T buffer = h.momentum * m[i] + h.gain * u;
+            m[i] = buffer;
+            u = nesterov ? u + h.momentum * buffer : buffer;
+        }
+        const T moved = old - h.lr * u;
+        const T threshold = arrays && l1 ? h.prox_step * l1[i] : h.threshold;
+        T clamped = moved > threshold ? threshold : moved;
+        clamped = clamped < -threshold ? -threshold : clamped;
+        T value = moved - clamped;
+        if (arrays && l2)
+            value = value / (1 + h.doubled_step * l2[i]) + 0;
+        else if (divide)
+            value = value / h.divisor + 0; /* + 0: no -0.0 */
+        w[i] = value;
+        zeros += value == 0;
+        fresh += (value == 0) & (old != 0);
+        revived += (value != 0) & (old == 0);
+        sum += value < 0 ? -value : value;
+        squares += value * value;
+    }
+    counts[COUNT_zeros] += zeros;
+    counts[COUNT_new] += fresh;
+    counts[COUNT_revived] += revived;
+    counts[COUNT_l1] += sum;
+    counts[COUNT_l2] += squares;
+}
+
+static T NAME(representable)(double value)
+{
+    const double largest = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
+    return (T)(value < largest ? value : largest);
+}
+
+static void NAME(piece)(const Plan *plan, int64_t index)
+{
+    const int64_t tensor = plan->pieces[index], start = plan->pieces[plan->count + index];
+    const int64_t *column = plan->table + tensor;
+#define AT(name) column[COLUMN_##name * plan->tensors]
+    const double *hyper = plan->hypers + AT(group) * HYPERS;
+    double *counts = plan->counts + index * COUNTS;
+    T *w = (T *)AT(w) + start, *m = AT(m) ? (T *)AT(m) + start : 0;
+    const T *g = (const T *)AT(g) + start;
+    const T *l1 = AT(l1) ? (const T *)AT(l1) + start : 0, *l2 = AT(l2) ? (const T *)AT(l2) + start : 0;
+    int64_t size = AT(size) - start;
+    size = size < plan->piece_size ? size : plan->piece_size;
+    const double step = hyper[HYPER_prox_step];
+    const NAME(Numbers) h = {
+        .lr = (T)hyper[HYPER_lr],
+        .momentum = (T)hyper[HYPER_momentum],
+        .gain = AT(first) ? 1 : (T)hyper[HYPER_gain],
+        .decay = (T)hyper[HYPER_decay],
+        .threshold = NAME(representable)(step * hyper[HYPER_l1]),
+        .divisor = (T)(1 + 2 * step * hyper[HYPER_l2]),
+        .sign = (T)hyper[HYPER_sign],
+        .prox_step = (T)step,
+        .doubled_step = (T)(2 * step),
+        .nesterov = hyper[HYPER_nesterov] != 0,
+    };
+#undef AT
+    const int plain = m && !h.nesterov && h.decay == 0 && !l1 && !l2, divide = h.divisor != 1;
+    counts[COUNT_zeros] = counts[COUNT_l1] = counts[COUNT_l2] = 0;
+    for (int64_t i = 0; i < size; i += BLOCK) {
+        const int n = size - i < BLOCK ? (int)(size - i) : BLOCK;
+        T *mi = m ? m + i : 0;
+        const T *l1i = l1 ? l1 + i : 0, *l2i = l2 ? l2 + i : 0;
+        if (plain && !divide)
+            NAME(block)(w + i, g + i, mi, 0, 0, n, h, counts, 1, 0, 0, 0, 0);
+        else if (plain)
+            NAME(block)(w + i, g + i, mi, 0, 0, n, h, counts, 1, 0, 0, 1, 0);
+        else if (l1 || l2)
+            NAME(block)(w + i, g + i, mi, l1i, l2i, n, h, counts, m != 0, h.nesterov, 1, 1, 1);
+        else if (!m)
+            NAME(block)(w + i, g + i, 0, 0, 0, n, h, counts, 0, 0, 1, 1, 0);
+        else if (h.nesterov)
+            NAME(block)(w + i, g + i, mi, 0, 0, n, h, counts, 1, 1, 1, 1, 0);
+        else
+            NAME(block)(w + i, g + i, mi, 0, 0, n, h, counts, 1, 0, 1, 1, 0);
+    }
+}
+
+void NAME(prox_sgd)(const Plan *plan, int64_t from, int64_t to)
+{
+    for (int64_t index = from; index < to; index++)
+        NAME(piece)(plan, index);
+}
+
+#endif
