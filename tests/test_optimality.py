@@ -244,6 +244,32 @@ def test_strength_max_is_the_gradients_largest_modulus_at_zero():
     assert strength_max(Regularizer(model, L2(0.1)), closure) == math.inf
 
 
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+def test_strength_max_is_beside_the_strength_scale(scale):
+    model, closure = problem()
+    reg = Regularizer(model, L1(0.1))
+    reg.strength_scale = scale
+    largest = strength_max(reg, closure)
+    assert strength_max(reg, closure, per_parameter=True) == {"weight": largest}
+    nn.init.zeros_(model.weight)
+    for factor, optimal in ((1.001, True), (0.999, False)):
+        again = Regularizer(model, L1(factor * largest))
+        again.strength_scale = scale
+        assert (kkt_residual(again, closure) == 0) == optimal
+
+
+def test_no_strength_is_enough_at_scale_zero_but_where_the_gradient_is_zero():
+    model = nn.ModuleDict({"used": nn.Linear(1, 1, bias=False), "idle": nn.Linear(1, 1, bias=False)})
+    reg = Regularizer(model, L1(0.1))
+    reg.strength_scale = 0.0
+
+    def closure():
+        return 3 * model["used"].weight.sum() + 0 * model["idle"].weight.sum()
+
+    assert strength_max(reg, closure) == math.inf
+    assert strength_max(reg, closure, per_parameter=True) == {"used.weight": math.inf, "idle.weight": 0}
+
+
 def test_strength_max_of_a_tensor_strength_is_its_factor_with_the_rest_as_it_is():
     x, y = regression()
     strength = torch.tensor([0.0, 1.0, 2.0, 0.5, 1.0, 1.0], dtype=F64)

@@ -1,5 +1,6 @@
 """Which parameter gets which penalty, and what is refused with a word on why."""
 
+import copy
 import re
 import textwrap
 import warnings
@@ -202,12 +203,108 @@ def test_a_weight_computed_from_others_is_refused_with_a_word_on_why(change, why
     assert set(chosen(nn.Sequential(layer, nn.Linear(3, 2)), excepted)) == {"1.weight"}
 
 
-def test_a_change_of_the_model_after_the_rules_is_told():
+@pytest.mark.parametrize("change", [_parametrized, parametrizations.weight_norm, _quietly(nn.utils.weight_norm)])
+def test_the_exception_that_the_refusal_suggests_works(change):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    change(model[1])
+    rules = L1(0.1)
+    for _ in range(2):  # weight norm computes a weight from two parameters
+        try:
+            reg = Regularizer(model, rules)
+        except ValueError as error:
+            suggested = re.search(r"Leave it alone with the rules (\{.*\})\.$", str(error))[1]
+            known = rules if isinstance(rules, dict) else {}
+            rules = {name: None for name in known if name is not WEIGHTS} | eval(suggested.replace("...", "0.1"))
+    reg = Regularizer(model, rules)
+    assert [name for name, _, _ in reg.penalized()] == ["0.weight"]
+
+
+# A model that changes after the rules
+
+
+def _replace(model):
+    model[2] = nn.Linear(3, 2)
+
+
+def _remove(model):
+    model[2] = nn.ReLU()
+
+
+def _tie(model):
+    model[2].bias = model[0].bias
+
+
+GONE = r"Parameter '%s' is no longer in the model \(parametrized, pruned or replaced\?\): apply the rules again"
+CHANGES = [
+    (_replace, GONE % "2.weight"),
+    (_remove, GONE % "2.weight"),
+    (lambda model: prune.l1_unstructured(model[0], "weight", 2), GONE % "0.weight"),
+    (lambda model: _parametrized(model[0]), GONE % "0.weight"),
+    (lambda model: model.append(nn.Linear(2, 2)), "Parameter '3.weight' is new in the model: apply the rules again"),
+]
+CHANGED = pytest.mark.parametrize(("change", "said"), CHANGES, ids=["replace", "remove", "prune", "param", "append"])
+
+
+@CHANGED
+def test_a_change_of_the_model_after_the_rules_is_told(change, said):
     model = chain()
     reg = Regularizer(model, L1(0.1))
-    prune.l1_unstructured(model[0], "weight", 2)
-    with pytest.raises(RuntimeError, match=r"'0.weight' is no longer in the model \(parametrized or pruned\?\)"):
-        reg()
+    attached = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg.attach(attached)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    change(model)
+    uses = [
+        reg,
+        reg.param_groups,
+        lambda: reg.attach(torch.optim.SGD(model.parameters(), lr=0.1)),
+        attached.step,
+        lambda: torchreg.kkt_residual(reg),
+        lambda: torchreg.strength_max(reg, lambda: model(torch.ones(1, 4)).sum()),
+    ]
+    for use in uses:
+        with pytest.raises(RuntimeError, match=said):
+            use()
+    assert re.search("\n\nout of date: " + said, str(reg))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_tie, "Parameter '2.bias' is tied to another one since the rules were applied: apply them again"),
+        (lambda model: model.register_parameter("gain", nn.Parameter(torch.ones(1))), "Parameter 'gain' is new"),
+    ],
+    ids=["tie", "add"],
+)
+def test_a_changed_parameter_inside_a_layer_is_told_where_all_are_gone_through(change, said):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
+    reg = Regularizer(model, L1(0.1))
+    change(model)
+    for use in (reg.param_groups, lambda: reg.attach(torch.optim.SGD(model.parameters(), lr=0.1))):
+        with pytest.raises(RuntimeError, match=said):
+            use()
+
+
+def test_untying_a_weight_is_told():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    reg = Regularizer(model, L1(0.1))
+    model[1].weight = nn.Parameter(torch.ones(3, 3))
+    with pytest.raises(RuntimeError, match=r"Parameter '1.weight' is new in the model"):
+        reg.param_groups()
+
+
+def test_a_model_that_holds_the_same_parameters_elsewhere_is_as_good_as_before():
+    model = chain()
+    reg = Regularizer(model, L1(0.1))
+    expected = reg().item()
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())  # as sharding does
+    model[2] = nn.Sequential(model[2])
+    model.alias = model[0]
+    for again in (reg, copy.deepcopy(reg)):
+        assert again().item() == expected
+        assert sum(len(group["params"]) for group in again.param_groups()) == 4
+        assert "out of date" not in str(again)
 
 
 def test_a_lazy_parameter_is_refused_until_it_is_initialised():

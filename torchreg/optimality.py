@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import host_scalar
-from torchreg.rules import Assignment, PenalizedModel
+from torchreg.rules import Assignment, PenalizedModel, check_current
 
 
 @torch.no_grad()
@@ -29,6 +30,7 @@ def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = Non
 
     Raises:
         ValueError: if no parameter has a gradient.
+        RuntimeError: if the model's parameters are no longer those that the rules were applied to.
 
     >>> import torch, torchreg
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -37,6 +39,7 @@ def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = Non
     >>> torchreg.kkt_residual(reg, lambda: 0.75 * model(torch.ones(1, 1)).sum())
     tensor(0.2500)
     """
+    check_current(reg.model, reg.assignments)
     scale = host_scalar(reg.strength_scale)  # a float keeps the strengths of float64 weights exact
     assignments = [a for a in reg.assignments if a.parameter.requires_grad]
     grads = _gradients(reg.model, assignments, closure) if closure else [a.parameter.grad for a in assignments]
@@ -60,6 +63,9 @@ def strength_max(
 ) -> float | dict[str, float]:
     """The smallest strength at which all penalised weights stay zero: strengths are worth trying below it.
 
+    That is beside the present ``strength_scale`` s, which multiplies it in the objective: halving s doubles it, and at
+    s = 0 no strength is enough (infinite, unless the gradient is zero).
+
     The gradient of f is taken with the penalised weights at zero and everything else as it is (also the entries
     that a tensor-valued strength leaves alone with a zero); for L1 the result is
     its largest modulus. It is in units of the penalty's strength (of l1 for Elastic Net), and infinite for L2. With
@@ -77,6 +83,7 @@ def strength_max(
 
     Raises:
         ValueError: if nothing is penalised, or the loss does not depend on the penalised parameters.
+        RuntimeError: if the model's parameters are no longer those that the rules were applied to.
 
     >>> import torch, torchreg
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -87,26 +94,29 @@ def strength_max(
 
     Source: Friedman, Hastie and Tibshirani, Regularization paths for GLMs, JSS, 2010, section 2.5.
     """
+    check_current(reg.model, reg.assignments)
     chosen = [a for a in reg.assignments if a.penalty is not None and a.parameter.requires_grad]
     if not chosen:
         raise ValueError("The regularizer penalises no trainable parameter.")
     if per_parameter:
-        return {a.name: max(_strengths_max(reg.model, [a], closure), default=0.0) for a in chosen}
-    largest = _strengths_max(reg.model, chosen, closure)
+        return {a.name: max(_strengths_max(reg, [a], closure), default=0.0) for a in chosen}
+    largest = _strengths_max(reg, chosen, closure)
     if not largest:
         raise ValueError("The closure's loss does not depend on the penalised parameters.")
     return max(largest)
 
 
-def _strengths_max(model: nn.Module, chosen: list[Assignment], closure: Callable[[], Tensor]) -> list[float]:
+def _strengths_max(reg: PenalizedModel, chosen: list[Assignment], closure: Callable[[], Tensor]) -> list[float]:
     """One strength for each chosen parameter that the loss depends on."""
     with _zeroed(chosen):
-        grads = _gradients(model, chosen, closure)
-    return [
+        grads = _gradients(reg.model, chosen, closure)
+    scaled = [
         float(a.penalty.strength_max(grad))
         for a, grad in zip(chosen, grads, strict=True)
         if a.penalty is not None and grad is not None
     ]
+    scale = float(reg.strength_scale)
+    return [s / scale if scale else s * math.inf if s else 0.0 for s in scaled]
 
 
 @contextmanager

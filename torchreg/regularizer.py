@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torchreg import kernels, tables
 from torchreg.hook import PenaltyHandle
 from torchreg.penalties import Penalty, Strength
 from torchreg.penalties.base import checked_strength, host_scalar
-from torchreg.rules import Assignment, Rules, assign
+from torchreg.rules import Assignment, Rules, assign, check_current, outdated
 
 
 class Regularizer(nn.Module):
@@ -25,7 +25,11 @@ class Regularizer(nn.Module):
     2. a hook: ``handle = reg.attach(optimizer)``, the training loop untouched;
     3. param groups: ``torchreg.ProxSGD(reg.param_groups(), lr=0.1)``, which alone reaches exact zeros.
 
-    Use one of them, not two.
+    Use one of them, not two. With param groups it is the optimizer's penalties that act: after its
+    ``load_state_dict`` they may differ from the regularizer's, which ``print()`` and `kkt_residual` go by.
+
+    The rules are applied once. A layer that is replaced, added, parametrized or pruned afterwards makes the
+    regularizer out of date: using it is an error until a new one is built.
 
     Args:
         model: the module whose parameters are penalised. It is referred to, not registered as a submodule.
@@ -37,7 +41,8 @@ class Regularizer(nn.Module):
 
     Attributes:
         strength_scale: a 0-d tensor (a buffer, part of ``state_dict()``) that multiplies all strengths. Assigning
-            a number or a one-element tensor fills it in place; the param groups share it.
+            a number or a one-element tensor fills it in place; the param groups share it. It stays the same tensor
+            with the same dtype when the regularizer is moved or cast.
 
     Raises:
         TypeError: if the model or the rules are of the wrong kind.
@@ -68,22 +73,45 @@ class Regularizer(nn.Module):
         assignments = assign(model, rules)
         self.__dict__["model"] = model  # not a submodule: its state belongs to the user's checkpoint
         self.assignments: list[Assignment] = assignments
-        self.register_buffer("strength_scale", torch.ones(()))
+        self._layers: list[tuple[nn.Module, dict[str, nn.Module | None]]] = _layers(model)
+        meta = torch.get_default_device().type == "meta"  # where there are no values, the scale still has one
+        self.register_buffer("strength_scale", torch.ones((), device="cpu" if meta else None))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "strength_scale":
             super().__setattr__(name, value)
             return
-        scale = checked_strength(name, value)
-        if isinstance(scale, Tensor) and scale.numel() != 1:
-            raise ValueError(f"Expected `strength_scale` to be one number, got a tensor of shape {tuple(scale.shape)}.")
+        scale = _checked_scale(value)
         with torch.no_grad():
-            self.strength_scale.copy_(torch.as_tensor(scale).reshape(()))
+            self.strength_scale.copy_(scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Regularizer:
+        """Keep the scale the tensor that the param groups share, in its dtype; only its device follows ``fn``."""
+        scale = self.strength_scale
+        super()._apply(fn, recurse)
+        device = self._buffers["strength_scale"].device  # type: ignore[union-attr]
+        if device.type != "meta":
+            scale.data = scale.data.to(device)
+        self._buffers["strength_scale"] = scale
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        key = f"{prefix}strength_scale"
+        if key in state_dict:
+            _checked_scale(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def penalized(self) -> Iterator[tuple[str, nn.Parameter, Penalty]]:
-        """The (name, parameter, penalty) of every parameter that a rule penalises, frozen ones left out."""
+        """The (name, parameter, penalty) of every parameter that a rule penalises, frozen ones left out.
+
+        Raises:
+            RuntimeError: if a layer has been replaced, added, parametrized or pruned since the rules were applied.
+        """
+        if not torch.compiler.is_compiling() and any(layer._modules != parts for layer, parts in self._layers):
+            check_current(self.model, self.assignments)
+            self._layers = _layers(self.model)
         for a in self.assignments:
-            if a.penalty is not None and a.parameter.requires_grad:
+            if a.penalty is not None and a.trainable:
                 yield a.name, a.parameter, a.penalty
 
     def forward(self) -> Tensor:
@@ -100,7 +128,7 @@ class Regularizer(nn.Module):
         scale = host_scalar(self.strength_scale)
         strengths = [s for penalty in penalties for s in penalty.strengths().values()]
         learned = any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
-        if learned or torch.compiler.is_compiling():
+        if learned or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return kernels.total_value(penalties, weights) * scale  # autograd records, and a compiler fuses
         return _PenaltyTerm.apply(penalties, scale, *weights)
 
@@ -115,18 +143,29 @@ class Regularizer(nn.Module):
             A handle with ``remove()``, ``state_dict()`` and ``load_state_dict()``. Optimizers lose hooks when they
             are copied or pickled: attach again to the copy.
 
+        A torch optimizer built from `param_groups()` does nothing with their penalties; attached to, it applies
+        them, once.
+
         Raises:
+            RuntimeError: if the model's parameters are no longer those that the rules were applied to.
             TypeError: if ``optimizer`` is no ``torch.optim.Optimizer``.
             ValueError: if the optimizer applies penalties itself, has this regularizer attached already, or
                 holds none of the penalised parameters.
         """
+        check_current(self.model, self.assignments)
         return PenaltyHandle(self, optimizer)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One param group per penalty, and one for what is left alone: for a proximal optimizer.
 
-        Each holds ``params``, ``penalty`` and ``strength_scale`` (this regularizer's own tensor).
+        Each holds ``params``, ``penalty`` and ``strength_scale`` (this regularizer's own tensor). Optimizers of torch
+        keep keys that they do not know and ignore them: ``torch.optim.Adam(reg.param_groups())`` penalises nothing
+        until `attach` is called on it.
+
+        Raises:
+            RuntimeError: if the model's parameters are no longer those that the rules were applied to.
         """
+        check_current(self.model, self.assignments)
         groups: dict[tuple[int | None, Penalty] | None, dict[str, Any]] = {}
         for a in self.assignments:
             key = None if a.penalty is None else (a.rule_index, a.penalty)
@@ -143,8 +182,9 @@ class Regularizer(nn.Module):
         return f"{count} of {len(self.assignments)} parameters penalised"
 
     def __str__(self) -> str:
-        chosen = [a for a in self.assignments if a.penalty is not None]
-        alone = [a for a in self.assignments if a.penalty is None]
+        here = [a for a in self.assignments if a.module._parameters.get(a.attribute) is not None]
+        chosen = [a for a in here if a.penalty is not None]
+        alone = [a for a in here if a.penalty is None]
         parts = []
         if chosen:
             rows = [(a.name, _shape(a.parameter), a.rule, _strengths(a)) for a in chosen]
@@ -155,6 +195,8 @@ class Regularizer(nn.Module):
         scale = float(self.strength_scale)
         if scale != 1:
             parts.append(f"all strengths × {scale:g}")
+        if message := outdated(self.model, self.assignments):
+            parts.append(f"out of date: {message}")
         return "\n\n".join(parts)
 
 
@@ -170,6 +212,18 @@ class _PenaltyTerm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         return None, None, *kernels.gradients(ctx.penalties, ctx.saved_tensors, grad_output * ctx.scale)
+
+
+def _layers(model: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Module | None]]]:
+    """Every module with its children: comparing them costs a step next to nothing, unlike naming all parameters."""
+    return [(module, dict(module._modules)) for module in model.modules()]
+
+
+def _checked_scale(value: Any) -> Tensor:
+    scale = torch.as_tensor(checked_strength("strength_scale", value))
+    if scale.numel() != 1:
+        raise ValueError(f"Expected `strength_scale` to be one number, got a tensor of shape {tuple(scale.shape)}.")
+    return scale.reshape(())
 
 
 def _shape(p: Tensor) -> str:

@@ -73,10 +73,14 @@ class Assignment:
         """
         p = self.module._parameters.get(self.attribute)
         if p is None:
-            raise RuntimeError(
-                f"Parameter {self.name!r} is no longer in the model (parametrized or pruned?): apply the rules again."
-            )
+            raise RuntimeError(_gone(self.name))
         return p
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the parameter is not frozen. (What torch.func puts in its place is no parameter, and counts.)"""
+        p = self.parameter
+        return p.requires_grad or not isinstance(p, nn.Parameter)
 
 
 class PenalizedModel(Protocol):
@@ -131,6 +135,32 @@ def assign(model: nn.Module, rules: Rules) -> list[Assignment]:
     return assignments
 
 
+def outdated(model: nn.Module, assignments: list[Assignment]) -> str:
+    """What differs between the model's parameters and those that the rules were applied to; empty if nothing does."""
+    names = {id(a.parameter): a.name for a in _parameters(_unwrapped(model))}
+    seen: set[int] = set()
+    for a in assignments:
+        p = a.module._parameters.get(a.attribute)
+        if id(p) in seen:
+            return f"Parameter {a.name!r} is tied to another one since the rules were applied: apply them again."
+        if id(p) not in names:
+            return _gone(a.name)
+        seen.add(id(p))
+    new = next((name for key, name in names.items() if key not in seen), None)
+    return "" if new is None else f"Parameter {new!r} is new in the model: apply the rules again."
+
+
+def check_current(model: nn.Module, assignments: list[Assignment]) -> None:
+    """Raise a RuntimeError if the model's parameters are no longer those that the rules were applied to."""
+    message = outdated(model, assignments)
+    if message:
+        raise RuntimeError(message)
+
+
+def _gone(name: str) -> str:
+    return f"Parameter {name!r} is no longer in the model (parametrized, pruned or replaced?): apply the rules again."
+
+
 def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None:
     p = a.parameter
     if isinstance(p, nn.parameter.UninitializedParameter):
@@ -149,12 +179,18 @@ def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None
     if refusal:
         raise ValueError(
             f"Parameter {a.name!r} is {refusal}: the weight that the layer uses is computed from it, and a penalty "
-            f"on it is not one on the weight. Leave it alone with a rule {{{a.name!r}: None}} before {a.rule}."
+            f"on it is not one on the weight. {_exception(a, penalty)}"
         )
     try:
         penalty.check_shape(p.shape)
     except ValueError as error:
         raise ValueError(f"Parameter {a.name!r}: {error}") from None
+
+
+def _exception(a: Assignment, penalty: Penalty) -> str:
+    if a.rule != _label(WEIGHTS):
+        return f"Leave it alone with a rule {{{a.name!r}: None}} before {a.rule}."
+    return f"Leave it alone with the rules {{{a.name!r}: None, torchreg.rules.WEIGHTS: {penalty.type_name}(...)}}."
 
 
 def _reparametrised(a: Assignment) -> str:
