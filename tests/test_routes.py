@@ -13,8 +13,9 @@ import torch
 from penalty_table import every_penalty
 from torch import nn
 from torch.autograd import gradcheck
+from torch.func import functional_call, grad, hessian, vmap
 
-from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer
+from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer, kkt_residual
 
 F64 = torch.float64
 LR = 0.1
@@ -168,6 +169,35 @@ def test_a_loss_term_of_frozen_weights_is_zero_and_adds_to_any_loss():
     assert torch.equal(bias.grad, torch.ones(2))
 
 
+class Objective(nn.Module):
+    def __init__(self, penalty):
+        super().__init__()
+        self.net = linear()
+        self.reg = Regularizer(self.net, penalty)
+
+    def forward(self):
+        return self.net(torch.eye(5, dtype=F64)).square().mean() + self.reg()
+
+
+@every_penalty
+def test_the_loss_term_under_torch_func_is_the_penalty(case):
+    objective = Objective(case.penalty())
+    name, weights = "net.weight", torch.randn(4, 3, 5, dtype=F64)
+
+    def penalised(w):
+        return functional_call(objective, {name: w}, ())
+
+    def by_hand(w):
+        outputs = functional_call(objective.net, {"weight": w}, torch.eye(5, dtype=F64))
+        return outputs.square().mean() + case.brute_value(w).sum()
+
+    expected = torch.stack([grad(by_hand)(w) for w in weights])
+    torch.testing.assert_close(vmap(penalised)(weights), torch.stack([by_hand(w) for w in weights]))
+    torch.testing.assert_close(vmap(grad(penalised))(weights), expected)
+    torch.testing.assert_close(grad(lambda w: vmap(penalised)(w).sum())(weights), expected)
+    torch.testing.assert_close(hessian(penalised)(weights[0]), hessian(by_hand)(weights[0]))
+
+
 # The strength scale
 
 
@@ -221,6 +251,59 @@ def test_the_strength_scale_is_all_of_the_state():
     again.load_state_dict(state)
     assert again.strength_scale is shared
     assert shared.item() == 0.25
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda reg: reg.double(),
+        lambda reg: reg.half(),
+        lambda reg: reg.to("cpu", torch.bfloat16),
+        lambda reg: reg.to("meta"),
+        lambda reg: reg.to_empty(device="cpu"),
+        lambda reg: reg.share_memory(),
+        lambda reg: reg.load_state_dict({"strength_scale": torch.tensor(0.3)}, assign=True),
+    ],
+    ids=["double", "half", "to", "meta", "empty", "share", "assign"],
+)
+def test_the_strength_scale_stays_the_tensor_and_number_that_groups_share(move):
+    reg = Regularizer(linear(), L1(0.1))
+    reg.strength_scale = 0.3
+    shared = reg.param_groups()[0]["strength_scale"]
+    move(reg)
+    assert reg.strength_scale is shared
+    assert torch.equal(shared, torch.tensor(0.3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_strength_scale_moves_to_a_device_within_its_tensor():
+    reg = Regularizer(linear(), L1(0.1))
+    shared = reg.param_groups()[0]["strength_scale"]
+    reg.to("cuda", torch.float16)
+    reg.strength_scale = 0.3
+    assert reg.strength_scale is shared
+    assert shared.is_cuda
+    assert torch.equal(shared.cpu(), torch.tensor(0.3))
+
+
+def test_a_model_built_without_values_has_a_strength_scale():
+    with torch.device("meta"):
+        task = Task()
+    task.to_empty(device="cpu")
+    assert task.whole.strength_scale.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "error"),
+    [(torch.tensor(-1.0), ValueError), (torch.tensor(math.nan), ValueError), (torch.ones(2), ValueError)],
+    ids=str,
+)
+@pytest.mark.parametrize("assigned", [False, True])
+def test_a_state_without_a_strength_scale_is_refused(scale, error, assigned):
+    reg = Regularizer(linear(), L1(0.1))
+    with pytest.raises(error, match=r"^Expected `strength_scale` to be"):
+        reg.load_state_dict({"strength_scale": scale}, assign=assigned)
+    assert reg.strength_scale.item() == 1
 
 
 class Task(nn.Module):
@@ -281,6 +364,19 @@ def test_param_groups_follow_loaded_penalties():
         handle.load_state_dict(other.state_dict())
     groups = one.param_groups()
     assert [(group["penalty"], len(group["params"])) for group in groups] == [(L1(0.5), 1), (L2(0.7), 1), (None, 2)]
+
+
+def test_a_torch_optimizer_of_param_groups_penalises_once_attached():
+    model = linear()
+    reg = Regularizer(model, L2(0.5))
+    optimizer = sgd()(reg.param_groups())
+    model.weight.grad = torch.zeros_like(model.weight)
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    reg.attach(optimizer)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before * (1 - LR))
 
 
 # The hook: the right gradient
@@ -387,6 +483,45 @@ def test_the_hook_leaves_the_gradient_the_same_tensor_and_value(options):
     assert torch.equal(model.weight.grad, values[0])
 
 
+@pytest.mark.parametrize("slope", [0.3, math.inf], ids=["step", "skipped"])
+@pytest.mark.parametrize("unscaled", [False, True], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({"foreach": True}, torch.float32)] + [({"fused": True}, dtype) for dtype in (torch.float16, torch.float32, F64)],
+    ids=str,
+)
+def test_the_gradient_after_a_scaled_step_is_the_one_without_the_hook(options, dtype, unscaled, slope):
+    if unscaled and dtype == torch.float16:
+        pytest.skip("torch refuses to unscale float16")
+    seen = []
+    for hooks in range(3):
+        model = nn.ParameterDict({name: torch.ones(size, dtype=dtype) for name, size in (("a", (3, 2)), ("b", ()))})
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR, **options)
+        for _ in range(hooks):
+            Regularizer(model, {"*": L1(0.5)}).attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        scaler.scale(sum(slope * p.sum().float() for p in model.values())).backward()
+        grads = [p.grad for p in model.values()]
+        if unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        assert all(p.grad is g for p, g in zip(model.values(), grads, strict=True))
+        seen.append(torch.cat([g.flatten() for g in grads]))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_the_kkt_residual_after_a_fused_scaled_step_is_that_of_the_data():
+    model = linear()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    reg = Regularizer(model, L1(0.1))
+    reg.attach(optimizer)
+    g_weight, g_bias = data_grads(model)
+    scaled(model, optimizer, reg)
+    expected = torch.maximum(L1(0.1).optimality_residual(model.weight, g_weight).max(), g_bias.abs().max())
+    torch.testing.assert_close(kkt_residual(reg), expected.detach())
+
+
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
 def test_a_step_with_found_inf_changes_no_weight(options):
     model = linear()
@@ -451,6 +586,30 @@ def test_frozen_weights_and_those_without_gradient_are_skipped_until_they_are_no
     optimizer.step()
     for w, old in zip((frozen, idle), before, strict=True):
         torch.testing.assert_close(w.detach(), old - LR * 0.5 * old.sign())
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True, "momentum": 0.9, "nesterov": True}, {"fused": True}], ids=str
+)
+def test_gradients_that_another_hook_zeroes_stay_zero(options, when):
+    model = linear()
+    optimizer = sgd(**options)(model.parameters())
+    attaching = [
+        lambda: Regularizer(model, L1(0.5)).attach(optimizer),
+        lambda: Regularizer(model, L2(0.3)).attach(optimizer),
+    ]
+    attaching.insert(
+        ["before", "between", "after"].index(when),
+        lambda: optimizer.register_step_post_hook(lambda o, *_: o.zero_grad(set_to_none=False)),
+    )
+    for attach in attaching:
+        attach()
+    data_loss(model).backward()
+    grad = model.weight.grad
+    optimizer.step()
+    assert model.weight.grad is grad
+    assert grad.count_nonzero() == 0
 
 
 # The hook: optimizers

@@ -23,7 +23,8 @@ class PenaltyHandle:
 
     Before each step the gradients are replaced by their sum with the penalty's, and put back after it. Attaching
     to the step rather than to the backward pass makes the strength independent of gradient accumulation, clipping
-    and loss scaling: a fused optimizer that unscales by itself has its scale multiplied in.
+    and loss scaling: a fused optimizer that unscales by itself has its scale multiplied in, and leaves the gradients
+    unscaled, as it does without the hook. Other hooks that run after the step find the data's gradients put back.
 
     After a step that raised, the gradients are put back by the next one or by ``remove()``, unless they have been
     changed in between; a closure that raises finds them put back already.
@@ -50,6 +51,8 @@ class PenaltyHandle:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        # The first to run, and among handles the latest: a hook that zeroes p.grad must find the data's.
+        optimizer._optimizer_step_post_hooks.move_to_end(self._hooks[1].id, last=False)  # type: ignore[attr-defined]
         _attached.setdefault(optimizer, []).append(weakref.ref(self))
 
     def remove(self) -> None:
@@ -114,7 +117,21 @@ class PenaltyHandle:
         return args, {**kwargs, "closure": wrapped}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._unscale(optimizer)
         self._restore()
+
+    @torch.no_grad()
+    def _unscale(self, optimizer: Optimizer) -> None:
+        """Divide the data's gradients by the loss scale in place, as torch's fused steps divide those they are given.
+
+        Their rule for a step that `found_inf` skips, too: the gradients stay scaled.
+        """
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if grad_scale is None:
+            return
+        divisor = grad_scale if found_inf is None else torch.where(found_inf == 1, 1.0, grad_scale)
+        for _, grad, _, _ in self._data_grads:  # in as many dimensions, so that half precision divides in float32
+            grad.div_(divisor.to(grad.device).reshape([1] * grad.ndim))
 
     def _with_penalty(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def objective() -> Any:
