@@ -152,8 +152,7 @@ def outdated(model: nn.Module, assignments: list[Assignment]) -> str:
 
 def check_current(model: nn.Module, assignments: list[Assignment]) -> None:
     """Raise a RuntimeError if the model's parameters are no longer those that the rules were applied to."""
-    message = outdated(model, assignments)
-    if message:
+    if message := outdated(model, assignments):
         raise RuntimeError(message)
 
 
@@ -177,20 +176,17 @@ def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None
         raise ValueError(f"Expected parameter {a.name!r} to be a leaf tensor, got the result of an operation.")
     refusal = _reparametrised(a)
     if refusal:
+        exception = f"a rule {{{a.name!r}: None}} before {a.rule}"
+        if not explicit:  # there is no key to put it before
+            exception = f"the rules {{{a.name!r}: None, torchreg.rules.WEIGHTS: {penalty.type_name}(...)}}"
         raise ValueError(
             f"Parameter {a.name!r} is {refusal}: the weight that the layer uses is computed from it, and a penalty "
-            f"on it is not one on the weight. {_exception(a, penalty)}"
+            f"on it is not one on the weight. Leave it alone with {exception}."
         )
     try:
         penalty.check_shape(p.shape)
     except ValueError as error:
         raise ValueError(f"Parameter {a.name!r}: {error}") from None
-
-
-def _exception(a: Assignment, penalty: Penalty) -> str:
-    if a.rule != _label(WEIGHTS):
-        return f"Leave it alone with a rule {{{a.name!r}: None}} before {a.rule}."
-    return f"Leave it alone with the rules {{{a.name!r}: None, torchreg.rules.WEIGHTS: {penalty.type_name}(...)}}."
 
 
 def _reparametrised(a: Assignment) -> str:
