@@ -47,10 +47,19 @@ def mnist_like(path, **replaced):
     return path
 
 
-def program(*arguments, **options):
+def assert_one_line(done, words):
+    """A program that ended with status 2, nothing on stdout and one line on stderr."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"torchreg[ a-z]*: error: [^\n]+\n", done.stderr), done.stderr
+    assert words in done.stderr
+
+
+def program(*arguments, before=(), stdout=subprocess.PIPE, **options):
+    """Run the command as a program, with the words of another command before it."""
     return subprocess.run(
-        [sys.executable, "-m", "torchreg", *map(str, arguments)],
-        capture_output=True,
+        [*before, sys.executable, "-m", "torchreg", *map(str, arguments)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
         timeout=120,

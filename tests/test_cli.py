@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from command import assert_refused, mnist_like, program
+from command import assert_one_line, assert_refused, mnist_like, program
 from torch import nn
 
 import torchreg
@@ -59,6 +59,46 @@ def test_an_ascii_terminal_gets_the_table_too(tmp_path):
     done = program("inspect", path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert "0.weight" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_any_terminal_gets_the_help(encoding):
+    done = program("compare", "--help", env={**os.environ, "PYTHONIOENCODING": encoding}, errors="replace")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "strength of L1" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "model.pt"]], ids=" ".join)
+def test_an_output_that_takes_nothing_is_one_line(arguments, tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "model.pt")
+    with open("/dev/full", "w") as full:
+        done = program(*arguments, stdout=full, cwd=tmp_path)
+    done.stdout = ""  # what is read from there is no output
+    assert_one_line(done, "writing to standard output failed: No space left")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_a_closed_output_is_one_line():
+    assert_one_line(program("--help", before=("sh", "-c", 'exec "$@" >&-', "sh")), "standard output is closed")
+    assert program("--unknown", before=("sh", "-c", 'exec "$@" 2>&-', "sh")).returncode == 2
+
+
+def test_lack_of_memory_is_one_line(monkeypatch, capsys):
+    def exhaust(path):
+        raise MemoryError
+
+    monkeypatch.setattr("torchreg.cli.inspect.load", exhaust)
+    assert_refused(capsys, ["inspect", "model.pt"], "out of memory")
+
+
+def test_a_name_too_long_for_a_file_is_refused(tmp_path, capsys):
+    name = "x" * 300
+    assert_refused(capsys, ["inspect", name], "File name too long")
+    assert_refused(capsys, ["compare", "--no-figure", "--data", name], "--data", "File name too long")
+    path = mnist_like(tmp_path / "toy.npz")
+    assert_refused(capsys, ["compare", "--no-figure", "--data", path, "--logdir", tmp_path / "new" / name], "--logdir")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):

@@ -1,8 +1,10 @@
 """``torchreg compare``: its results, its files, and one line for every bad input."""
 
+import json
 import os
 import pickle
 import re
+import shlex
 import struct
 import sys
 from pathlib import Path
@@ -10,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import assert_refused, mnist_like, run_json
+from command import assert_one_line, assert_refused, mnist_like, program, run_json
 
 import torchreg
 from torchreg.cli import main
+from torchreg.cli.output import printable
+from torchreg.cli.summary import QUANTITIES, table
+from torchreg.cli.training import Result
 
 METHODS = ["none", "l2-loss", "l1-loss", "l1-prox", "elastic-net-prox"]
 SMALL = ["--steps", "30", "--seeds", "2", "--hidden", "16"]
@@ -266,11 +271,19 @@ def test_a_read_only_logdir_is_refused(tmp_path, capsys):
     "option",
     [
         *(("--seeds", "0"), ("--seeds", "x"), ("--seeds", "1.5"), ("--steps", "0"), ("--steps", "-3")),
-        *(("--hidden", "0"), ("--hidden", "99999999"), ("--l1", "-0.1"), ("--l1", "nan"), ("--l1", "inf")),
+        *(
+            ("--seeds", "1000000000"),
+            ("--steps", "1" + "0" * 400),
+            ("--hidden", "0"),
+            ("--hidden", "99999999"),
+            ("--l1", "-0.1"),
+            ("--l1", "nan"),
+            ("--l1", "inf"),
+        ),
         *(("--l2", "-1e-9"), ("--l2", "much"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "-1"), ("--unknown",)),
         *(("--seeds",), ("extra",)),
     ],
-    ids=" ".join,
+    ids=lambda option: " ".join(option)[:30],
 )
 def test_bad_options_are_refused(option, tmp_path, capsys):
     logdir = tmp_path / "runs"
@@ -355,11 +368,90 @@ def test_data_of_any_shape_gets_a_figure(shape, tmp_path):
     assert Path(document["figure"]).is_file()
 
 
-def test_an_interrupt_is_quiet(tmp_path, capsys, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
+# compare: failures amid the work
 
-    monkeypatch.setattr("torchreg.cli.training.train", interrupt)
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("no memory. Sorry"), MemoryError(), OSError(28, "full")]
+)
+def test_a_failure_leaves_nothing_and_no_traceback(error, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("torchreg.cli.training.accuracy", fail)
     path = mnist_like(tmp_path / "toy.npz")
-    assert main(["compare", "--data", str(path), "--no-figure", "--json", "--logdir", str(tmp_path / "r")]) == 130
-    assert capsys.readouterr() == ("", "")
+    (tmp_path / "old").mkdir()
+    for logdir in ("new/runs", "old"):
+        arguments = ["compare", "--data", path, *SMALL, "--no-figure", "--json", "--logdir", tmp_path / logdir]
+        if isinstance(error, KeyboardInterrupt):
+            assert main([str(a) for a in arguments]) == 130
+            assert capsys.readouterr() == ("", "")
+        else:
+            assert_refused(capsys, arguments, "failed: ")
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+def test_huge_rates_are_refused_in_one_line(tmp_path, capsys):
+    path = mnist_like(tmp_path / "toy.npz")
+    arguments = ["compare", "--data", path, *SMALL, "--json", "--no-figure", "--logdir", tmp_path / "r"]
+    assert_refused(capsys, [*arguments, "--lr", "1e308"], "the training failed")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_full_disk_is_one_line(limit, tmp_path):
+    path = mnist_like(tmp_path / "toy.npz")
+    arguments = ["compare", "--data", path, *SMALL, "--json", "--no-figure", "--logdir", tmp_path / "r"]
+    limited = ("bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash")
+    assert_one_line(program(*arguments, before=limited), "failed: File too large")
+    assert not (tmp_path / "r").exists()
+
+
+def test_results_are_printed_even_if_the_figure_fails(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def fail(*args):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr("torchreg.cli.figure.compare_figure", fail)
+    path = mnist_like(tmp_path / "toy.npz")
+    arguments = ["compare", "--data", str(path), *SMALL, "--json", "--logdir", str(tmp_path / "r")]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "torchreg compare: warning: the figure failed: No space left\n"
+    assert json.loads(captured.out)["figure"] is None
+
+
+@pytest.mark.parametrize("name", ["a$\\frac$b", "\x1b[2J\n", "日本", os.fsdecode(b"\xff")], ids=ascii)
+def test_data_of_any_name_gets_a_figure_and_a_heading(name, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = mnist_like(tmp_path / f"{name}.npz")
+    logdir = tmp_path / "run's"
+    arguments = ["--steps", "3", "--seeds", "1", "--logdir", str(logdir)]
+    assert main(["compare", "--data", str(path), *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith(f"{printable(name)}: 200 training")
+    assert f"figure: {logdir}" in captured.out
+    assert f"tensorboard --logdir {shlex.quote(str(logdir))}\n" in captured.out
+
+
+def test_a_logdir_that_is_not_utf8_is_refused(tmp_path, capsys):
+    path = mnist_like(tmp_path / "toy.npz")
+    logdir = tmp_path / os.fsdecode(b"\xff")
+    assert_refused(capsys, ["compare", "--data", path, "--no-figure", "--logdir", logdir], "is not UTF-8")
+
+
+def test_the_table_fits_130_columns_and_shows_every_deviation():
+    fields = dict.fromkeys(QUANTITIES, 0.5) | {
+        "inputs_used": 433,
+        "l1_norm": 1234.0,
+        "l2_norm": 23.0,
+        "step_time": 1e-3,
+    }
+    runs = [Result(seed=k, **{name: value * (1 + k / 4) for name, value in fields.items()}) for k in (0, 1)]
+    lines = table(dict.fromkeys(METHODS, runs)).splitlines()
+    assert max(map(len, lines)) <= 130
+    assert [line.count("±") for line in lines[2:]] == [8] * 5

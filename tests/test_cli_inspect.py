@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import assert_refused, run_json
+from command import assert_one_line, assert_refused, program, run_json
 from torch import nn
 
 import torchreg
@@ -37,14 +37,14 @@ def test_inspect_prints_the_table_of_sparsity(model, tmp_path, capsys):
     assert main(["inspect", str(path)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert str(torchreg.sparsity(model.state_dict())) in captured.out
+    assert str(torchreg.sparsity(model)) in captured.out
     assert re.search(r"0\.weight\s+4×6\s+24\s+19\s+79\.2 %\s+3/4\s+1/6", captured.out)
 
 
 def test_inspect_gives_json_and_csv(model, tmp_path, capsys):
     path = tmp_path / "model.pth"
     torch.save(model.state_dict(), path)
-    report = torchreg.sparsity(model.state_dict())
+    report = torchreg.sparsity(model)
     document = inspected(path)
     assert document.pop("file") == str(path)
     assert document.pop("part") == ""
@@ -62,8 +62,7 @@ def test_inspect_takes_the_model_and_not_the_optimizer(key, model, tmp_path):
     torch.save({"epoch": 3, key: model.state_dict(), "optimizer": optimizer.state_dict()}, path)
     document = inspected(path)
     assert document["part"] == key
-    expected = [name for name, w in model.state_dict().items() if w.is_floating_point()]
-    assert [entry["name"] for entry in document["tensors"]] == expected
+    assert [entry["name"] for entry in document["tensors"]] == [name for name, _ in model.named_parameters()]
 
 
 def test_inspect_names_nested_tensors_by_dots(model, tmp_path):
@@ -101,7 +100,7 @@ def test_inspect_reads_safetensors(model, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "model.safetensors"
     safetensors.save_file(model.state_dict(), path)
-    assert inspected(path)["total"]["zeros"] == torchreg.sparsity(model.state_dict()).total.zeros
+    assert inspected(path)["total"]["zeros"] == torchreg.sparsity(model).total.zeros
 
 
 def test_missing_safetensors_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
@@ -177,6 +176,41 @@ def test_names_cannot_write_control_characters_to_the_terminal(tmp_path, capsys)
     assert main(["inspect", str(path)]) == 0
     assert "\x1b" not in capsys.readouterr().out
     assert_refused(capsys, ["inspect", "no\x1b[2J\nfile.pt"], "does not exist")
+
+
+def test_names_that_print_alike_stay_two_tensors(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({1: torch.zeros(2), "1": torch.ones(2), "a\n": torch.zeros(3), "a\\n": torch.ones(3)}, path)
+    document = inspected(path)
+    assert [entry["name"] for entry in document["tensors"]] == ["1", "1", "a\\n", "a\\n"]
+    assert document["total"]["size"] == 10
+
+
+def odd_contents():
+    looped = {"w": torch.zeros(2)}
+    looped["again"] = [looped]
+    yield "looped", looped, "holds itself"
+    looped = {}
+    looped["state_dict"] = looped
+    yield "looped state dict", looped, "holds itself"
+    if hasattr(torch, "float4_e2m1fn_x2"):
+        packed = torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+        yield "float4", {"w": packed}, "can't be counted"
+
+
+@pytest.mark.parametrize(("content", "words"), [pytest.param(c, w, id=n) for n, c, w in odd_contents()])
+def test_odd_contents_are_one_line(content, words, tmp_path, capsys):
+    path = tmp_path / "odd.pt"
+    torch.save(content, path)
+    assert_refused(capsys, ["inspect", path], words)
+
+
+def test_nested_tensors_are_one_line(tmp_path):
+    path = tmp_path / "nested.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({"w": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, path)
+    assert_one_line(program("inspect", path), "nested.pt")
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "a", "b"], ["inspect", "a", "--json", "--csv"]])

@@ -67,6 +67,14 @@ def test_inputs_never_read_are_masked_in_the_image(shape, axes):
         assert shown.mask.ravel().tolist() == [True, False, False, True]
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 5), (3, 2, 5), (2, 5, 3), (1, 2, 1)], ids=str)
+def test_channels_are_summed_wherever_they_stand(shape, axes):
+    image = torch.rand(shape)
+    plots.inputs_read(image.reshape(1, -1), axes, shape)
+    channels = 2 if shape[2] in (1, 3) else 0
+    assert torch.allclose(torch.tensor(axes.images[0].get_array().filled(0)), image.double().norm(dim=channels))
+
+
 def test_inputs_that_form_no_image_are_bars(axes):
     plots.inputs_read(torch.tensor([[0.0, 3.0, 0.0], [0.0, 4.0, 1.0]]), axes)
     heights = bars(axes)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NONZERO, ZERO, SILENT = "#3b6ea8", "#e07b39", "#d6d6d6"
 DECADES = (-12, 1)
 BINS_PER_DECADE = 4
+CHANNELS = (1, 3, 4)
 
 
 def require_matplotlib() -> None:
@@ -68,9 +69,9 @@ def inputs_read(weight: Tensor, axes: Axes, shape: tuple[int, ...] | None = None
     Args:
         weight: the layer's weight, (outputs × inputs).
         axes: where to draw.
-        shape: that of one sample, (height × width) or (height × width × channels), for an image. By default, if
-            the number of inputs is a square, that square. Other inputs are drawn as bars, those of norm 0
-            below the axis.
+        shape: that of one sample, (height × width), (height × width × channels) or (channels × height × width), for
+            an image; 1, 3 or 4 are channels, and stand last where both ends could be. By default, if the number of
+            inputs is a square, that square. Other inputs are drawn as bars, those of norm 0 below the axis.
 
     Raises:
         ValueError: if ``weight`` is not a matrix or ``shape`` does not hold its inputs.
@@ -103,7 +104,7 @@ def inputs_read(weight: Tensor, axes: Axes, shape: tuple[int, ...] | None = None
 
 def _as_image(squares: Tensor, shape: tuple[int, ...] | None) -> Tensor | None:
     if shape is not None and len(shape) == 3:
-        return squares.reshape(shape).sum(2)
+        return squares.reshape(shape).sum(0 if shape[0] in CHANNELS and shape[2] not in CHANNELS else 2)
     if shape is not None and len(shape) == 2:
         return squares.reshape(shape)
     side = math.isqrt(len(squares))

@@ -20,6 +20,7 @@ def render(
     footer: Sequence[str] | None = None,
     left: int = 1,
     width: int | None = None,
+    narrow: bool = False,
 ) -> str:
     """A plain-text table. The first ``left`` columns are aligned left, the others right.
 
@@ -30,8 +31,16 @@ def render(
         footer: a last row set apart, such as the total.
         left: how many leading columns hold text.
         width: characters per line; by default as wide as the content needs.
+        narrow: two spaces between columns instead of three.
     """
-    table = Table(box=SIMPLE, title=title, title_justify="left", show_footer=footer is not None, pad_edge=False)
+    table = Table(
+        box=SIMPLE,
+        title=title,
+        title_justify="left",
+        show_footer=footer is not None,
+        pad_edge=False,
+        collapse_padding=narrow,
+    )
     for i, heading in enumerate(columns):
         table.add_column(
             Text(heading),

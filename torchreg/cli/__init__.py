@@ -29,17 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     name = parser.prog
     try:
+        if sys.stdout is None:
+            raise CommandError("standard output is closed")
         arguments = parser.parse_args(argv)
         if arguments.run is None:
             parser.print_help()
         else:
             name = f"{name} {arguments.command}"
             arguments.run(arguments)
-        sys.stdout.flush()
     except SystemExit as stop:  # argparse, after --help, --version or an error
         return stop.code if isinstance(stop.code, int) else 0
     except CommandError as error:
         print_error(name, str(error))
+        return 2
+    except MemoryError:
+        print_error(name, "out of memory")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,12 +1,14 @@
-"""Command-line arguments: a parser whose errors are one line, and the kinds of numbers."""
+"""Command-line arguments: a parser whose errors are one line, the kinds of numbers, and files that can be read."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from typing import NoReturn
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
 
-from torchreg.cli.output import print_error
+from torchreg.cli.output import CommandError, print_error, print_result, reason
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +22,10 @@ class Parser(argparse.ArgumentParser):
         """Print the message and end with status 2."""
         print_error(self.prog, message)
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help and version like results: argparse itself fails where the encoding lacks a letter."""
+        print_result(message.rstrip("\n"))
 
 
 def positive_integer(text: str) -> int:
@@ -58,3 +64,21 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def check_file(path: Path, name: str) -> None:
+    """Refuse a path that is no regular file.
+
+    Raises:
+        CommandError: with a message that starts with ``name``.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise CommandError(f"{name} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{name} can't be read: {reason(error)}") from None
+    if stat.S_ISDIR(mode):
+        raise CommandError(f"{name} is a directory: give the file inside")
+    if not stat.S_ISREG(mode):
+        raise CommandError(f"{name} is not a regular file")

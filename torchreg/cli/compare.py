@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
+import shlex
 import sys
 import textwrap
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchreg.cli.arguments import learning_rate, positive_integer, strength
-from torchreg.cli.output import CommandError, print_result, reason
+from torchreg.cli.logdir import new_logdir
+from torchreg.cli.output import CommandError, print_error, print_result, printable, reason
 
 if TYPE_CHECKING:
     from torchreg.cli.data import Dataset
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 BATCH = 128
 LR = 0.2
 FIGURE = "compare.png"
-LARGEST_HIDDEN = 65536
+LARGEST = {"seeds": 1000, "steps": 10**9, "hidden": 65536}
 
 DESCRIPTION = """\
 Answers "L1 or L2?" on data: trains the same network (inputs, hidden, classes) under five penalties and prints accuracy,
@@ -62,26 +65,24 @@ def run(arguments: argparse.Namespace) -> None:
     """Compare, and print the results.
 
     Raises:
-        CommandError: for bad input, before anything is written.
+        CommandError: for bad input, before anything is written, and if the training fails, with its runs removed.
     """
     from torchreg.cli import summary
     from torchreg.cli.data import load_digits, load_npz
 
-    if arguments.hidden > LARGEST_HIDDEN:
-        raise CommandError(f"argument --hidden: expected at most {LARGEST_HIDDEN}, got {arguments.hidden}")
+    for option, most in LARGEST.items():
+        if (given := getattr(arguments, option)) > most:
+            raise CommandError(f"argument --{option}: expected at most {most}, got {given}")
     if not arguments.no_figure:
         _check_matplotlib()
     data = load_npz(arguments.data) if arguments.data else load_digits()
     settings = _settings(arguments, data)
-    logdir = _new_logdir(arguments.logdir, settings)
-    if not arguments.json:
-        print_result(summary.heading(data, settings) + "\n")
-    start = time.perf_counter()
-    try:
-        runs = _train_all(data, settings, logdir, progress=not arguments.json and sys.stderr.isatty())
-        figure = None if arguments.no_figure else _draw(runs, data, settings, logdir / FIGURE)
-    except OSError as error:
-        raise CommandError(f"writing to {str(logdir)!r} failed: {reason(error)}") from None
+    with new_logdir(arguments.logdir, _names(settings)) as logdir:
+        if not arguments.json:
+            print_result(summary.heading(data, settings) + "\n")
+        start = time.perf_counter()
+        runs = _train_all(data, settings, logdir, progress=not arguments.json)
+    figure = None if arguments.no_figure else _draw(runs, data, settings, logdir / FIGURE)
     seconds = time.perf_counter() - start
     results = {name: [one.result for one in group] for name, group in runs.items()}
     if arguments.json:
@@ -94,8 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
         print_result("\n" + textwrap.fill(sentence, 110))
     print_result("")
     if figure:
-        print_result(f"figure: {figure}")
-    print_result(f"curves: tensorboard --logdir {logdir}")
+        print_result(printable(f"figure: {figure}"))
+    print_result(printable(f"curves: tensorboard --logdir {shlex.quote(str(logdir))}"))
     print_result(f"({seconds:.0f} s)")
 
 
@@ -120,32 +121,23 @@ def _rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def _new_logdir(wanted: Path | None, settings: Settings) -> Path:
-    """Make the directory, or refuse one that can't be written or holds such runs already."""
+def _names(settings: Settings) -> list[str]:
+    """What a comparison makes in its directory."""
     from torchreg.cli.training import METHODS
 
-    logdir = wanted or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
-    if wanted is None:
-        while logdir.exists():
-            logdir = logdir.with_name(logdir.name + "-again")
-    for name in (FIGURE, *(f"{m.name}-seed{k}" for m in METHODS for k in range(settings.seeds))):
-        if os.path.lexists(logdir / name):
-            raise CommandError(f"--logdir {str(logdir)!r} already holds {name}: give another directory")
-    try:
-        logdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--logdir {str(logdir)!r} can't be made: {reason(error)}") from None
-    if not os.access(logdir, os.W_OK | os.X_OK):
-        raise CommandError(f"--logdir {str(logdir)!r} can't be written")
-    return logdir
+    return [FIGURE, *(f"{method.name}-seed{k}" for method in METHODS for k in range(settings.seeds))]
 
 
 def _train_all(data: Dataset, settings: Settings, logdir: Path, *, progress: bool) -> dict[str, list[Run]]:
-    """The runs of each method, by its name, in the order of the seeds."""
+    """The runs of each method, by its name, in the order of the seeds.
+
+    Raises:
+        CommandError: if one of them fails.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from torchreg.cli.training import METHODS, one_thread, train, writer_for
+    from torchreg.cli.training import METHODS, one_thread, strict_writers, train, writer_for
 
     runs: dict[str, list[Run]] = {method.name: [] for method in METHODS}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
@@ -154,20 +146,25 @@ def _train_all(data: Dataset, settings: Settings, logdir: Path, *, progress: boo
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=not progress,
+        disable=not progress or sys.stderr is None or not sys.stderr.isatty(),
         refresh_per_second=4,
     )
-    with one_thread(), bar:
-        task = bar.add_task("", total=settings.seeds * len(METHODS) * settings.steps)
-        for seed in range(settings.seeds):
-            for method in METHODS:
-                bar.update(task, description=f"seed {seed + 1} of {settings.seeds}: {method.label}")
-                writer = writer_for(logdir / f"{method.name}-seed{seed}")
-                try:
-                    one = train(method, data, settings, seed, writer, lambda steps: bar.advance(task, steps))
-                finally:
-                    writer.close()
-                runs[method.name].append(one)
+    try:
+        with one_thread(), strict_writers(), bar:
+            task = bar.add_task("", total=settings.seeds * len(METHODS) * settings.steps)
+            for seed in range(settings.seeds):
+                for method in METHODS:
+                    bar.update(task, description=f"seed {seed + 1} of {settings.seeds}: {method.label}")
+                    writer = writer_for(logdir / f"{method.name}-seed{seed}")
+                    try:
+                        one = train(method, data, settings, seed, writer, lambda steps: bar.advance(task, steps))
+                    finally:
+                        writer.close()
+                    runs[method.name].append(one)
+    except OSError as error:
+        raise CommandError(f"writing to {str(logdir)!r} failed: {reason(error)}") from None
+    except (RuntimeError, MemoryError, ArithmeticError) as error:  # torch raises RuntimeError for lack of memory
+        raise CommandError(f"the training failed: {reason(error)}") from None
     return runs
 
 
@@ -180,8 +177,17 @@ def _check_matplotlib() -> None:
         raise CommandError(f"{error}, or give --no-figure") from None
 
 
-def _draw(runs: dict[str, list[Run]], data: Dataset, settings: Settings, path: Path) -> Path:
+def _draw(runs: dict[str, list[Run]], data: Dataset, settings: Settings, path: Path) -> Path | None:
+    """Draw the figure; one that can't be drawn or written is a warning, for the results matter more."""
     from torchreg.cli.figure import compare_figure
 
-    compare_figure({name: group[0] for name, group in runs.items()}, data, settings).savefig(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # letters that the font lacks
+            compare_figure({name: group[0] for name, group in runs.items()}, data, settings).savefig(path)
+    except Exception as error:
+        print_error("torchreg compare", f"the figure failed: {reason(error)}", kind="warning")
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return None
     return path

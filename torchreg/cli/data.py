@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.cli.output import CommandError, reason
+from torchreg.cli.arguments import check_file
+from torchreg.cli.output import CommandError, printable, reason
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 LEAST_TRAIN, LEAST_TEST = 20, 10
@@ -67,11 +68,8 @@ def load_npz(path: Path) -> Dataset:
     Raises:
         CommandError: if the file or an array is missing, malformed or not a classification problem.
     """
-    if path.is_dir():
-        raise CommandError(f"--data {str(path)!r} is a directory, not an .npz file")
-    if not path.exists():
-        raise CommandError(f"--data {str(path)!r} does not exist")
-    if not path.is_file() or not zipfile.is_zipfile(path):
+    check_file(path, f"--data {str(path)!r}")
+    if not zipfile.is_zipfile(path):
         raise CommandError(f"--data {str(path)!r} is not an .npz file")
     try:
         with warnings.catch_warnings(), np.load(path, allow_pickle=False) as archive:
@@ -88,7 +86,7 @@ def load_npz(path: Path) -> Dataset:
     for name, array in zip(ARRAYS, arrays, strict=True):
         if not isinstance(array, np.ndarray):
             raise CommandError(f"--data {str(path)!r}: {name} is not an array")
-    return from_arrays(path.stem, *arrays)
+    return from_arrays(printable(path.stem), *arrays)
 
 
 def from_arrays(name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Dataset:

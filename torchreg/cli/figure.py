@@ -41,5 +41,6 @@ def compare_figure(runs: Mapping[str, Run], data: Dataset, settings: Settings) -
         f"l2 = {settings.l2:g}, seed {next(iter(runs.values())).result.seed}; grey: exactly zero, never read",
         fontsize="small",
         color="#555555",
+        parse_math=False,  # a file may be called a$b$.npz
     )
     return figure

@@ -9,17 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchreg.cli.arguments import check_file
 from torchreg.cli.output import CommandError, print_result, printable, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL_KEYS = ("state_dict", "model_state_dict", "model")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 DESCRIPTION = """\
 Counts the exact zeros in a checkpoint: a state dict, or a dict that holds one under 'state_dict', 'model_state_dict' or
-'model'. Otherwise all floating point tensors in nested dicts count, but for the state of optimizers. Tied weights count
-once. Files are loaded with weights_only=True: nothing in them is executed.
+'model'. Otherwise all floating point tensors in nested dicts count, but for the state of optimizers. Left out are the
+statistics of norm layers (names that end in running_mean, running_var or num_batches_tracked). Tied weights count once.
+Files are loaded with weights_only=True: nothing in them is executed.
 """
 
 
@@ -42,13 +45,18 @@ def run(arguments: argparse.Namespace) -> None:
     import torchreg
 
     path: Path = arguments.file
-    part, weights = model_weights(load(path))
+    content = load(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            part, weights = model_weights(content)
+            report = torchreg.sparsity([(printable(name), w) for name, w in weights])
+    except RecursionError:
+        raise CommandError(f"{str(path)!r} is nested too deeply, or holds itself") from None
+    except Exception as error:  # types without arithmetic and unusual layouts can raise anything
+        raise CommandError(f"the tensors in {str(path)!r} can't be counted: {reason(error)}") from None
     if not weights:
         raise CommandError(f"{str(path)!r} holds no floating point tensors")
-    try:
-        report = torchreg.sparsity({printable(name): w for name, w in weights.items()})
-    except (RuntimeError, NotImplementedError) as error:
-        raise CommandError(f"the tensors in {str(path)!r} can't be counted: {reason(error)}") from None
     if arguments.json:
         print_result(json.dumps({"file": str(path), "part": part} | json.loads(report.to_json()), indent=2))
     elif arguments.csv:
@@ -64,12 +72,7 @@ def load(path: Path) -> Any:
     Raises:
         CommandError: if it isn't a file of tensors.
     """
-    if path.is_dir():
-        raise CommandError(f"{str(path)!r} is a directory: give the file inside")
-    if not path.exists():
-        raise CommandError(f"{str(path)!r} does not exist")
-    if not path.is_file():
-        raise CommandError(f"{str(path)!r} is not a regular file")
+    check_file(path, repr(str(path)))
     return _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
 
 
@@ -110,13 +113,13 @@ def _load_safetensors(path: Path) -> Any:
         raise CommandError(f"{str(path)!r} is damaged or not a safetensors file: {reason(error)}") from None
 
 
-def model_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
-    """The model's floating point tensors by dotted name, and the key under which they were found.
+def model_weights(content: Any) -> tuple[str, list[tuple[str, Tensor]]]:
+    """The key under which the model's weights were found, and their dotted names (two may be equal) with them.
 
     >>> import torch
     >>> weight = torch.zeros(2)
     >>> model_weights({"epoch": 3, "state_dict": {"0.weight": weight}, "optimizer": {"state": {0: {"step": weight}}}})
-    ('state_dict', {'0.weight': tensor([0., 0.])})
+    ('state_dict', [('0.weight', tensor([0., 0.]))])
     """
     if isinstance(content, Mapping):
         for key in MODEL_KEYS:
@@ -125,14 +128,15 @@ def model_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
                 inner, found = model_weights(part)
                 if found:
                     return f"{key}.{inner}" if inner else key, found
-    return "", dict(_named_tensors("", content))
+    return "", list(_named_tensors("", content))
 
 
 def _named_tensors(prefix: str, content: Any) -> Iterator[tuple[str, Tensor]]:
     import torch
 
     if isinstance(content, torch.Tensor):
-        if (content.is_floating_point() or content.is_complex()) and content.device.type != "meta":
+        counts = (content.is_floating_point() or content.is_complex()) and content.device.type != "meta"
+        if counts and not prefix.endswith(STATISTICS):
             # 8-bit floats have no arithmetic
             yield prefix or "tensor", content.float() if content.itemsize == 1 else content.detach()
     elif isinstance(content, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 
 class CommandError(Exception):
@@ -11,16 +12,30 @@ class CommandError(Exception):
 
 
 def print_result(text: str) -> None:
-    """Print to stdout, with a question mark for what its encoding lacks."""
+    """Print to stdout at once, with a question mark for what its encoding lacks.
+
+    Raises:
+        CommandError: if stdout takes no more, such as a file on a full disk.
+        BrokenPipeError: if its reader has gone.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        raise CommandError(f"writing to standard output failed: {reason(error)}") from None
 
 
-def print_error(program: str, message: str) -> None:
+def print_error(program: str, message: str, kind: str = "error") -> None:
     """Print an error to stderr as one line."""
-    line = f"{program}: error: {printable(' '.join(message.split()))}"
+    if sys.stderr is None:  # closed before the start; print would take stdout instead
+        return
+    line = f"{program}: {kind}: {printable(' '.join(message.split()))}"
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+    with suppress(OSError):
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
 
 
 def printable(text: str) -> str:

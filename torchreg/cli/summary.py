@@ -46,11 +46,11 @@ def table(results: Results) -> str:
             _cell([r.l1_norm for r in runs], 0),
             _cell([r.l2_norm for r in runs], 1),
             _cell([r.largest_weight for r in runs], 2),
-            f"{mean(runs, 'kkt_residual'):.1e}",
-            f"{1e6 * mean(runs, 'step_time'):.0f}",
+            _cell([r.kkt_residual for r in runs], None),
+            _cell([1e6 * r.step_time for r in runs], 0),
         ]
         rows.append((LABELS[name], *cells))
-    return tables.render(columns, rows)
+    return tables.render(columns, rows, narrow=True)
 
 
 def conclusion(results: Results, data: Dataset) -> list[str]:
@@ -152,11 +152,13 @@ def _spread(results: Results) -> float:
     return max(deviation(runs, "accuracy") or 0.0 for runs in results.values())
 
 
-def _cell(values: Sequence[float], digits: int) -> str:
+def _cell(values: Sequence[float], digits: int | None) -> str:
+    """Mean ± standard deviation with so many decimals; as a power of ten where there are none or they don't fit."""
     center = sum(values) / len(values)
     if not math.isfinite(center):
         return str(center)
-    fixed = center == 0 or 0.5 * 10**-digits <= abs(center) < 1e6  # a tiny number must not look like an exact zero
+    # a tiny number must not look like an exact zero
+    fixed = digits is not None and (center == 0 or 0.5 * 10**-digits <= abs(center) < 1e6)
     text = f"{center:.{digits}f}" if fixed else f"{center:.1e}"
     if len(values) == 1:
         return text

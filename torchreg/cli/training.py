@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -144,11 +146,11 @@ def train(
                 writer.add_scalar("lr", lr, step + 1)
                 advance(every)
         advance(settings.steps % every)
-        result = _result(model, reg, data, seed, statistics.median(times))
-        monitor.hparams(
-            {"method": method.name, "seed": seed, **_hparams(method, settings)},
-            {f"final/{name}": value for name, value in asdict(result).items() if name != "seed"},
-        )
+    result = _result(model, reg, data, seed, statistics.median(times))
+    monitor.hparams(
+        {"method": method.name, "seed": seed, **_hparams(method, settings)},
+        {f"final/{name}": value for name, value in asdict(result).items() if name != "seed"},
+    )
     return Run(result, [p.detach().clone() for _, p, _ in reg.penalized()])
 
 
@@ -200,6 +202,23 @@ def writer_for(directory: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(directory))
+
+
+@contextmanager
+def strict_writers() -> Iterator[None]:
+    """Let a failed write end the body as an OSError, instead of as a monitor's warning and a thread's traceback."""
+    hook, threads = threading.excepthook, set(threading.enumerate())
+    threading.excepthook = lambda raised: None if isinstance(raised.exc_value, OSError) else hook(raised)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", r"SummaryWriter\.", RuntimeWarning)
+            yield
+    except RuntimeWarning as warning:
+        raise warning.__context__ or warning from None
+    finally:
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(timeout=1)  # one that fails needs the hook until its end
+        threading.excepthook = hook
 
 
 def _result(model: nn.Sequential, reg: torchreg.Regularizer, data: Dataset, seed: int, step_time: float) -> Result:
