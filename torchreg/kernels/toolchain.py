@@ -1,4 +1,8 @@
-"""A C compiler, if the machine has one: shared libraries built once and cached across processes."""
+"""A C compiler, if the machine has one: shared libraries built once and cached across processes.
+
+What is in the cache is loaded as code. So the cache is used only where nobody else can write to it, and a library's
+name holds the digest of its content: loading one that was cut off could kill the process.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,7 +24,7 @@ CACHE = "TORCHREG_CACHE_DIR"
 """The environment variable that names the cache folder (default: ``torchreg`` in the user's cache folder)."""
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_LONGEST_BUILD = 15  # seconds
+_LONGEST_BUILD = 15.0  # seconds
 
 
 class Unavailable(Exception):
@@ -35,51 +40,96 @@ def library(name: str, source: str) -> ctypes.CDLL:
     """
     if os.environ.get(SWITCH, "1") == "0":
         raise Unavailable(f"switched off by {SWITCH}=0")
-    compiler = _compiler()
-    path = _cache_folder() / f"{name}-{_key(source, compiler)}.so"
-    if not path.exists():
-        _build(compiler, source, path)
+    command = compiler()
+    stem = f"{name}-{_key(source, command)}"
     try:
-        return ctypes.CDLL(str(path))
+        folder = cache_folder()
+        for path in sorted(folder.glob(f"{stem}-*.so")):
+            loaded = _cached(path)
+            if loaded is not None:
+                return loaded
+        return _build(command, source, folder, stem)
     except OSError as error:
-        raise Unavailable(f"the library built by {compiler} does not load: {error}") from None
+        raise Unavailable(f"the library can't be built: {error}") from None
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The path of the C compiler: that of the variable CC, or the first of cc, gcc and clang.
+
+    Raises:
+        Unavailable: if there is none.
+    """
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         found = shutil.which(name) if name else None
         if found:
-            return found
+            return os.path.abspath(found)
     raise Unavailable("no C compiler (cc, gcc or clang) on the PATH")
 
 
-def _build(compiler: str, source: str, path: Path) -> None:
-    """Compile next to the target and move it there whole: two processes may do so at once."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        text, built = Path(scratch) / f"{path.stem}.c", Path(scratch) / path.name
-        text.write_text(source, encoding="utf-8")
-        command = [compiler, *_FLAGS, str(text), "-o", str(built)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_BUILD, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"{compiler} failed: {error}") from None
-        if done.returncode != 0 or not built.exists():
-            first_line = (done.stderr.strip().splitlines() or ["no message"])[0]
-            raise Unavailable(f"{compiler} failed: {first_line}")
-        os.replace(built, path)
-
-
-def _cache_folder() -> Path:
-    """The user's own cache folder, or one that lives as long as the process where that can't be written."""
-    root = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchreg"
-    folder = Path(root)
+def cache_folder() -> Path:
+    """The user's own cache folder, or one that lives as long as the process where that can't be used."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        root = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchreg")
+        folder = Path(root).absolute()  # a bare file name would be looked for in the system's library folders
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK) and _private(folder):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # no home
         pass
     return Path(_process_folder().name)
+
+
+def _private(path: Path) -> bool:
+    """Whether the path is this user's, and no other user can write to it."""
+    if os.name != "posix":
+        return True
+    state = path.stat()
+    return state.st_uid == os.geteuid() and not state.st_mode & 0o022
+
+
+def _cached(path: Path) -> ctypes.CDLL | None:
+    """The library in a file of the cache; None, and the file is removed, if it can't be used."""
+    try:
+        if _private(path) and path.stem.endswith(f"-{_digest(path)}"):
+            return ctypes.CDLL(str(path))
+    except OSError:
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _build(compiler: str, source: str, folder: Path, stem: str) -> ctypes.CDLL:
+    """Compile in a folder beside the target, load, and only then move it there: two processes may do so at once."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        text, built = Path(scratch, f"{stem}.c"), Path(scratch, f"{stem}.so")
+        text.write_text(source, encoding="utf-8")
+        _run([compiler, *_FLAGS, str(text), "-o", str(built)])
+        if not built.exists():
+            raise Unavailable(f"{compiler} failed: it wrote no file")
+        os.chmod(built, 0o700)
+        try:
+            loaded = ctypes.CDLL(str(built))
+        except OSError as error:
+            raise Unavailable(f"the library built by {compiler} does not load: {error}") from None
+        os.replace(built, folder / f"{stem}-{_digest(built)}.so")
+        return loaded
+
+
+def _run(command: list[str]) -> None:
+    """Run a compiler; one that takes too long is ended with all that it started."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            message = process.communicate(timeout=_LONGEST_BUILD)[1].decode(errors="replace")
+        except subprocess.TimeoutExpired:
+            if os.name == "posix":
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            raise Unavailable(f"{command[0]} took more than {_LONGEST_BUILD:g} s") from None
+    if process.returncode != 0:
+        raise Unavailable(f"{command[0]} failed: {(message.strip().splitlines() or ['no message'])[0]}")
 
 
 @functools.cache
@@ -89,9 +139,13 @@ def _process_folder() -> tempfile.TemporaryDirectory[str]:
 
 def _key(source: str, compiler: str) -> str:
     """Changes with the source, the flags, the compiler and the processor (a home folder may serve several)."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [source.encode(), repr(_FLAGS).encode(), compiler.encode(), version, _processor().encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    state = os.stat(compiler)
+    parts = (source, _FLAGS, os.path.realpath(compiler), state.st_size, state.st_mtime_ns, _processor())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def _processor() -> str:
