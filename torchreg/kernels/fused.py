@@ -27,6 +27,7 @@ class FusedSGD:
         """
         kinds: dict[tuple[torch.device, torch.dtype], list[Part]] = {}
         for tensors, step in parts:
+            torch.autograd.graph.increment_version([*tensors.params, *tensors.momentum_buffers])  # may raise
             here: dict[tuple[torch.device, torch.dtype], list[int]] = {}
             for i, p in enumerate(tensors.params):
                 here.setdefault((p.device, p.dtype), []).append(i)
@@ -44,8 +45,6 @@ class FusedSGD:
             else:
                 triton_sgd.run(plan, grad_scale, found_inf)
             plan.finish()
-            for tensors, _ in chosen:
-                torch.autograd.graph.increment_version([*tensors.params, *tensors.momentum_buffers])
 
     def clear(self) -> None:
         """Forget the counts: the last step was not a fused one."""

@@ -47,7 +47,7 @@ class Plan:
         self.counts = torch.zeros(0, len(COUNTS), dtype=torch.float64, device=device)
         self.traced: list[tuple[int, int, Tensor]] = []
         self.seeds: list[int | Tensor] = []
-        self._strengths: dict[tuple[int, str], tuple[Tensor, int, Tensor]] = {}
+        self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
         self._owners: Tensor | None = None
         self._held: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -105,7 +105,7 @@ class Plan:
             m = tensors.momentum_buffers[i] if tensors.momentum_buffers else None
             w = p if p.is_contiguous() or is_dense(p) else self._copied(p)
             stride = w.stride()
-            if g.stride() != stride or g.dtype != self.dtype:
+            if g.stride() != stride or g.dtype != self.dtype or g.is_neg():  # a view that is negated when it is read
                 g = torch.empty_like(w).copy_(g)
                 self._held.append(g)
             if m is not None and (m.stride() != stride or m.dtype != self.dtype):
@@ -141,7 +141,7 @@ class Plan:
                 self.hypers[row, column] = value
             elif value.ndim and value.numel() != 1:
                 self.hypers[row, column] = 1.0  # strengths of each coordinate, which the table points to
-            elif value.device.type == "cpu":
+            elif "cpu" in (value.device.type, self.device.type):
                 self.hypers[row, column] = float(value)
             else:
                 self.traced.append((row, column, value.detach().reshape(())))
@@ -155,11 +155,13 @@ class Plan:
                 continue
             for i, p in enumerate(params):
                 key = id(p), name
-                known, version, laid_out = self._strengths.get(key, (None, -1, p))
-                if known is not strength or version != strength._version or laid_out.shape != p.shape:
+                layout = p.shape, p.stride()
+                known, seen, made_for, laid_out = self._strengths.get(key, (None, None, layout, p))
+                version = None if strength.is_inference() else strength._version  # None: changes can't be seen
+                if known is not strength or version is None or version != seen or made_for != layout:
                     like = p.detach() if is_dense(p) else p.detach().contiguous()
                     laid_out = torch.empty_like(arithmetic(like)).copy_(strength.expand(p.shape))
-                    self._strengths[key] = strength, strength._version, laid_out
+                    self._strengths[key] = strength, version, layout, laid_out
                 table[COLUMNS.index(name), i] = laid_out.data_ptr()
 
 

@@ -35,6 +35,16 @@ typedef struct {
     int nesterov;
 } NAME(Numbers);
 
+/* The sums of a block whose squares leave the range of T, which a sum in T would lose. */
+static __attribute__((noinline)) void NAME(wide_sums)(const T *w, int n, double *counts)
+{
+    for (int i = 0; i < n; i++) {
+        const double value = w[i];
+        counts[COUNT_l1] += value < 0 ? -value : value;
+        counts[COUNT_l2] += value * value;
+    }
+}
+
 /* The flags are constants where this is called, so that each call becomes a loop without branches. */
 static inline __attribute__((always_inline)) void NAME(block)(
     T *restrict w, const T *restrict g, T *restrict m, const T *l1, const T *l2, int n, const NAME(Numbers) h,
@@ -72,6 +82,10 @@ static inline __attribute__((always_inline)) void NAME(block)(
     counts[COUNT_zeros] += zeros;
     counts[COUNT_new] += fresh;
     counts[COUNT_revived] += revived;
+    if (sum > 0 && !(squares > (T)1e-30 && squares < (T)1e38)) {
+        NAME(wide_sums)(w, n, counts);
+        return;
+    }
     counts[COUNT_l1] += sum;
     counts[COUNT_l2] += squares;
 }

@@ -28,6 +28,8 @@ def obstacle(p: Tensor, penalty: Penalty | None) -> str | None:
     dtypes = native.DTYPES if p.device.type == "cpu" else triton_sgd.DTYPES
     if type(p) not in (Tensor, nn.Parameter) or type(p.data) is not Tensor:
         return f"its type is {type(p.data).__name__}, not a plain tensor"
+    if p.is_neg():
+        return "it is a view that is negated when it is read"
     if p.layout != torch.strided:
         return f"its layout is {p.layout}"
     if p.dtype not in dtypes:
