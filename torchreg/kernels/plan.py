@@ -36,6 +36,9 @@ class Plan:
         pieces: int64, the tensor and the first element of every piece of at most ``piece_size`` elements.
         counts: float64, a row per piece, a column for each of `COUNTS`.
         traced: hyperparameters that are tensors on a device, as (row, column, tensor): the host does not read them.
+        seeds: of stochastic rounding, per tensor; the table holds those that are numbers.
+        uploads: a device's copies of these arrays, by name, each with the array that it is a copy of.
+        captured: host memory that a captured graph copies from.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, piece_size: int) -> None:
@@ -47,6 +50,8 @@ class Plan:
         self.counts = torch.zeros(0, len(COUNTS), dtype=torch.float64, device=device)
         self.traced: list[tuple[int, int, Tensor]] = []
         self.seeds: list[int | Tensor] = []
+        self.uploads: dict[str, tuple[Any, Tensor]] = {}
+        self.captured: list[Tensor] = []
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
         self._owners: Tensor | None = None
         self._held: list[Tensor] = []

@@ -2,20 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.kernels.plan import Plan
+from torchreg.kernels.plan import COLUMNS, Plan
 
 PIECE_SIZE = 1 << 13
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_BLOCK = 1 << 11
+_WARPS = 8
+_ALIGNMENT = 16  # bytes: what a thread reads at once
 
+
+@functools.cache
 def unavailable() -> str | None:
     """Why there is no Triton kernel here, or None."""
-    return "not built yet"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (7, 0):
+        return f"Triton needs compute capability 7.0, this device has {torch.cuda.get_device_capability()}"
+    return None
 
 
 def run(plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-    """One step of every tensor of the plan."""
-    raise NotImplementedError
+    """One step of every tensor of the plan. Nothing waits for the device.
+
+    Args:
+        plan: the tensors and hyperparameters.
+        grad_scale: what the gradients are divided by, a one-element tensor on the device.
+        found_inf: where it is 1 nothing changes, a one-element tensor on the device.
+    """
+    count = plan.pieces.shape[1]
+    if not count:
+        return
+    import triton.language as tl
+
+    from torchreg.kernels import triton_kernels
+
+    table, pieces, hypers = (_uploaded(plan, name) for name in ("table", "pieces", "hypers"))
+    if any(isinstance(seed, Tensor) for seed in plan.seeds):
+        seeds = [seed if isinstance(seed, Tensor) else torch.tensor(seed) for seed in plan.seeds]
+        torch.stack([seed.to(plan.device) for seed in seeds], out=table[COLUMNS.index("seed")])
+    for row, column, value in plan.traced:
+        hypers[row, column].copy_(value)
+    double = plan.dtype == torch.float64
+    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
+        triton_kernels.prox_sgd[(count,)](
+            table,
+            table.shape[1],
+            pieces,
+            count,
+            hypers,
+            plan.counts,
+            plan.counts if grad_scale is None else grad_scale,
+            plan.counts if found_inf is None else found_inf,
+            DTYPE=getattr(tl, str(plan.dtype).removeprefix("torch.")),
+            COMPUTE=tl.float64 if double else tl.float32,
+            LARGEST=torch.finfo(torch.float64 if double else torch.float32).max,
+            SCALED=grad_scale is not None,
+            GUARDED=found_inf is not None,
+            ALIGNED=not (plan.table[:3] % _ALIGNMENT).any(),
+            PIECE=plan.piece_size,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+        )
+
+
+def _uploaded(plan: Plan, name: str) -> Tensor:
+    """A host array of the plan on its device: the copy of an earlier step where nothing has changed since."""
+    array: Any = getattr(plan, name)
+    known, tensor = plan.uploads.get(name, (None, None))
+    if known is None or tensor is None or not np.array_equal(known, array):
+        host = torch.from_numpy(np.array(array))
+        if plan.device.type == "cuda":
+            host = host.pin_memory()  # kept while it is read: pinned memory is recycled after the copy, not before
+            if torch.cuda.is_current_stream_capturing():
+                plan.captured.append(host)  # the graph reads it again at every replay
+        tensor = host.to(plan.device, non_blocking=True)
+        plan.uploads[name] = array, tensor
+    return tensor

@@ -1,0 +1,241 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from optimizer_cases import PENALTIES, identical, parameters, set_gradients, snapshot
+from torch import Tensor
+
+from torchreg import L1, ElasticNet
+from torchreg.kernels import SGDStep, SGDTensors, reference, triton_sgd
+from torchreg.kernels.plan import COUNTS, Plan
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = (torch.bfloat16, torch.float16)
+HYPERS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "dampening": {"momentum": 0.9, "dampening": 0.5},
+    "maximize": {"momentum": 0.5, "maximize": True, "weight_decay": 0.1},
+}
+
+
+def a_step(penalty=None, rounding=True, **changes) -> SGDStep:
+    values = {
+        "lr": 0.1,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "maximize": False,
+        "penalty": penalty,
+        "prox_step": 0.3,
+        "stochastic_rounding": rounding,
+    }
+    return SGDStep(**{**values, **changes})
+
+
+def given(dtype: torch.dtype, momentum: bool, device: torch.device = DEVICE, seed: int = 0) -> SGDTensors:
+    params = [p.detach().to(device) for p in parameters(dtype, seed)]
+    grads = [p.grad.to(device) for p in parameters(dtype, seed)]
+    grads[0][0, 0], grads[0][1, 1], grads[3][0, 0] = torch.nan, torch.inf, -torch.inf
+    buffers = [torch.full_like(p, 0.5) for p in params] if momentum else []
+    first = [i % 2 == 0 for i in range(len(params))] if momentum else []
+    for buffer, fresh in zip(buffers, first, strict=True):
+        if fresh:
+            buffer.zero_()
+    return SGDTensors(params, grads, buffers, first, [1000 * i + 7 for i in range(len(params))])
+
+
+def launch(parts, plan: Plan | None = None, **amp) -> Plan:
+    tensors = parts[0][0]
+    plan = plan or Plan(DEVICE, tensors.params[0].dtype, triton_sgd.PIECE_SIZE)
+    plan.update(parts)
+    triton_sgd.run(plan, **amp)
+    plan.finish()
+    return plan
+
+
+def assert_equal(a: SGDTensors, b: SGDTensors) -> None:
+    for x, y in zip([*a.params, *a.momentum_buffers], [*b.params, *b.momentum_buffers], strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
+def test_the_kernel_agrees_with_the_reference(dtype, penalty, hyper):
+    step = a_step(penalty.to(DEVICE), **hyper)
+    ours, theirs = (given(dtype, "momentum" in hyper) for _ in range(2))
+    launch([(ours, step)])
+    reference.prox_sgd(theirs, step)
+    assert_equal(ours, theirs)
+    assert torch.isnan(ours.params[0][0, 0])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_stochastic_rounding_gives_the_references_bits(dtype):
+    step = a_step(ElasticNet(0.01, 0.02))
+    ours, theirs = (given(dtype, False) for _ in range(2))
+    for _ in range(3):
+        launch([(ours, step)])
+        reference.prox_sgd(theirs, step)
+    assert identical(*([p.nan_to_num() for p in t.params] for t in (ours, theirs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
+def test_sizes_around_blocks_and_pieces_write_nothing_else(dtype, shift):
+    """In memory full of NaN, at addresses that threads can read 16 bytes from and others."""
+    block, piece = triton_sgd._BLOCK, triton_sgd.PIECE_SIZE
+    margin = 64
+    generator = torch.Generator().manual_seed(0)
+
+    def placed(size: int) -> tuple[Tensor, Tensor]:
+        memory = torch.full((size + 2 * margin,), torch.nan, dtype=dtype, device=DEVICE)
+        view = memory[margin + shift : margin + shift + size]
+        view.copy_(torch.randn(size, generator=generator))
+        return memory, view
+
+    sizes = [0, 1, 3, block - 1, block, block + 1, piece - 1, piece, piece + 1, 2 * piece + 17]
+    placed_params, placed_buffers = [placed(s) for s in sizes], [placed(s) for s in sizes]
+    params, buffers = [v for _, v in placed_params], [v for _, v in placed_buffers]
+    grads = [placed(s)[1] for s in sizes]
+    ours = SGDTensors(params, grads, buffers, [False] * len(sizes), list(range(len(sizes))))
+    theirs = SGDTensors(snapshot(params), grads, snapshot(buffers), ours.first, ours.seeds)
+    step = a_step(L1(0.3), momentum=0.9)
+    launch([(ours, step)])
+    reference.prox_sgd(theirs, step)
+    assert_equal(ours, theirs)
+    for (memory, view), size in zip([*placed_params, *placed_buffers], sizes * 2, strict=True):
+        assert int(memory.isnan().sum()) == len(memory) - size
+        assert not view.isnan().any()
+
+
+def test_one_launch_takes_groups_with_their_own_numbers():
+    steps = [a_step(L1(0.3), lr=0.1), a_step(None, lr=0.2, momentum=0.9), a_step(ElasticNet(0.1, 0.2), maximize=True)]
+    ours = [given(torch.float32, s.momentum != 0, seed=i) for i, s in enumerate(steps)]
+    theirs = [given(torch.float32, s.momentum != 0, seed=i) for i, s in enumerate(steps)]
+    plan = launch(list(zip(ours, steps, strict=True)))
+    assert len(plan.params) == sum(len(t.params) for t in ours)
+    for a, b, step in zip(ours, theirs, steps, strict=True):
+        reference.prox_sgd(b, step)
+        assert_equal(a, b)
+
+
+def test_gradients_are_unscaled_and_overflow_changes_nothing():
+    step, scale = a_step(L1(0.3), momentum=0.9), torch.tensor(1024.0, device=DEVICE)
+    ours, theirs = (given(torch.float32, True) for _ in range(2))
+    before = snapshot([*ours.params, *ours.momentum_buffers])
+    for g in ours.grads:
+        g.mul_(scale)
+    plan = launch([(ours, step)], grad_scale=scale, found_inf=torch.ones((), device=DEVICE))
+    assert identical([*ours.params, *ours.momentum_buffers], before)
+    assert not plan.counts.any()
+    launch([(ours, step)], plan, grad_scale=scale, found_inf=torch.zeros((), device=DEVICE))
+    reference.prox_sgd(theirs, step)
+    assert_equal(ours, theirs)
+
+
+def test_counts_are_those_of_the_stored_weights():
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors, step = given(dtype, True), a_step(L1(1.0), momentum=0.9)
+        plan, new, revived = None, torch.zeros(6), torch.zeros(6)
+        for seed in range(3):
+            before = snapshot(tensors.params)
+            plan = launch([(tensors, step)], plan)
+            set_gradients([torch.nn.Parameter(p) for p in tensors.params], seed)
+            after = tensors.params
+            pairs = list(zip(before, after, strict=True))
+            new += torch.tensor([int(((b != 0) & (a == 0)).sum()) for b, a in pairs])
+            revived += torch.tensor([int(((b == 0) & (a != 0)).sum()) for b, a in pairs])
+        rows = torch.zeros(6, len(COUNTS), dtype=torch.float64).index_add_(0, plan.owners().cpu(), plan.counts.cpu())
+        finite = [torch.nan_to_num(p.double().cpu(), 0, 0, 0) for p in tensors.params]
+        expected = {
+            "zeros": [int((p == 0).sum()) for p in tensors.params],
+            "new": new,
+            "revived": revived,
+            "l1": [p.abs().sum() for p in finite],
+            "l2": [p.square().sum() for p in finite],
+        }
+        assert new.sum() > 0
+        for i, name in enumerate(COUNTS):
+            values = torch.as_tensor(expected[name], dtype=torch.float64)
+            chosen = slice(None) if i < 3 else slice(1, 3)  # sums are NaN where weights are
+            torch.testing.assert_close(rows[chosen, i], values[chosen], rtol=1e-6, atol=1e-6)
+
+
+def test_tables_are_sent_only_when_they_have_changed():
+    tensors = given(torch.float32, True).take([0, 1, 2])  # the others have gradients to be laid out anew
+    plan = launch([(tensors, a_step(L1(0.3), momentum=0.9))])
+    sent = {name: tensor for name, (_, tensor) in plan.uploads.items()}
+    tensors.first = [False] * 3
+    launch([(tensors, a_step(L1(0.3), momentum=0.9, lr=0.05))], plan)  # the flags and the learning rate have changed
+    launch([(tensors, a_step(L1(0.3), momentum=0.9, lr=0.05))], plan)
+    again = {name: tensor for name, (_, tensor) in plan.uploads.items()}
+    assert again["pieces"] is sent["pieces"]
+    assert again["table"] is not sent["table"]
+    launch([(tensors, a_step(L1(0.3), momentum=0.9, lr=0.05))], plan)
+    assert all(plan.uploads[name][1] is tensor for name, tensor in again.items())
+
+
+def test_numbers_that_live_on_the_device_are_read_there():
+    step = a_step(L1(0.3), lr=torch.tensor(0.05), prox_step=torch.tensor(0.2))
+    ours, theirs = (given(torch.float32, False) for _ in range(2))
+    plan = Plan(DEVICE, torch.float32, triton_sgd.PIECE_SIZE)
+    plan.update([(ours, step)])
+    for row, column, value in ((0, 0, step.lr), (0, 4, step.prox_step)):
+        plan.hypers[row, column] = torch.nan  # what the host knows of them
+        plan.traced.append((row, column, value.to(DEVICE)))
+    plan.seeds[1] = torch.tensor(5, device=DEVICE)
+    triton_sgd.run(plan)
+    plan.finish()
+    reference.prox_sgd(theirs, a_step(L1(0.3), lr=0.05, prox_step=0.2))
+    assert_equal(ours, theirs)
+
+
+COMPILE = """
+import re
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from torchreg.kernels import triton_kernels, triton_sgd
+
+types = dict(table="*i64", tensors="i32", pieces="*i64", count="i32", hypers="*fp64", counts="*fp64")
+types |= dict(grad_scale="*fp32", found_inf="*fp32")
+for dtype, compute in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float64, tl.float64)):
+    constants = dict(DTYPE=dtype, COMPUTE=compute, LARGEST=3.4e38, SCALED=True, GUARDED=True, ALIGNED=True)
+    constants |= dict(PIECE=triton_sgd.PIECE_SIZE, BLOCK=triton_sgd._BLOCK)
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    positions = {name: (i,) for i, name in enumerate(signature)}
+    source = ASTSource(
+        triton_kernels.prox_sgd,
+        signature=signature,
+        constexprs={positions[name]: value for name, value in constants.items()},
+        attrs={positions[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_sgd._WARPS})
+    wide = "v2.b64" if dtype == tl.float64 else "v4.b32"
+    print(len(re.findall(rf"ld\\.global\\.{wide}", compiled.asm["ptx"])), len(compiled.asm["cubin"]) > 0)
+"""
+
+
+def test_the_kernel_compiles_for_a_gpu_and_reads_16_bytes_at_once(tmp_path):
+    """Compiling needs no GPU, only Triton's own assembler."""
+    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        wide, built = line.split()
+        assert int(wide) >= 3  # weights, gradients and momentum
+        assert built == "True"
