@@ -31,6 +31,7 @@ def bars(axes):
 def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # what earlier tests left open is collected at any time
         yield
 
 
