@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchreg.kernels import native, triton_sgd
 from torchreg.kernels.plan import COUNTS, Part, Plan
+from torchreg.kernels.selection import Arrangement, Chosen, Wish
 
 
 class FusedSGD:
@@ -16,39 +17,51 @@ class FusedSGD:
 
     def __init__(self) -> None:
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
+        self._arrangement: Arrangement | None = None
 
-    def step(self, parts: Sequence[Part], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """One step of every parameter, in place.
+    def step(
+        self,
+        parts: Sequence[Part],
+        wishes: Sequence[Wish],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> list[Chosen]:
+        """One step of every parameter that a fused step takes, in place. Returns the others.
 
         Args:
             parts: the tensors and hyperparameters of every param group.
+            wishes: what they say of the implementation.
             grad_scale: what the gradients are divided by; on a GPU only.
             found_inf: where it is 1 nothing changes; on a GPU only, where no host waits for it.
         """
-        kinds: dict[tuple[torch.device, torch.dtype], list[Part]] = {}
-        for tensors, step in parts:
+        known = self._arrangement
+        arrangement = known if known is not None and known.fits(parts, wishes) else Arrangement(parts, wishes)
+        for i, indices in (chosen for kind in arrangement.kinds.values() for chosen in kind):
+            tensors = parts[i][0] if indices is None else parts[i][0].take(indices)
             torch.autograd.graph.increment_version([*tensors.params, *tensors.momentum_buffers])  # may raise
-            here: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-            for i, p in enumerate(tensors.params):
-                here.setdefault((p.device, p.dtype), []).append(i)
-            for kind, indices in here.items():
-                whole = len(indices) == len(tensors.params)
-                kinds.setdefault(kind, []).append((tensors if whole else tensors.take(indices), step))
-        self._plans = {kind: self._plans[kind] for kind in kinds if kind in self._plans}  # counts are of this step
-        for kind, chosen in kinds.items():
+        # counts are of this step
+        self._plans = {kind: self._plans[kind] for kind in arrangement.kinds if kind in self._plans}
+        for kind, chosen in arrangement.kinds.items():
             device, dtype = kind
             size = native.PIECE_SIZE if device.type == "cpu" else triton_sgd.PIECE_SIZE
+            same = arrangement is known and kind in self._plans
             plan = self._plans.setdefault(kind, Plan(device, dtype, size))
-            plan.update(chosen)
+            here = [
+                (parts[i][0] if indices is None else parts[i][0].take(indices), parts[i][1]) for i, indices in chosen
+            ]
+            plan.update(here, same)
             if device.type == "cpu":
                 native.run(plan)
             else:
                 triton_sgd.run(plan, grad_scale, found_inf)
             plan.finish()
+        self._arrangement = arrangement
+        return arrangement.alone
 
     def clear(self) -> None:
         """Forget the counts: the last step was not a fused one."""
         self._plans.clear()
+        self._arrangement = None
 
     def counted(self) -> list[Tensor]:
         """The parameters that the last step counted."""

@@ -1,0 +1,377 @@
+"""The fused step on the CPU: the reference's results, nothing written beside the tensors, and exact counts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchreg import L1, L2, ElasticNet, ProxSGD
+from torchreg.kernels import FusedSGD, SGDStep, SGDTensors, native, reference
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no kernel: {native.unavailable()}")
+
+PIECE = native.PIECE_SIZE
+BLOCK = 1024
+SMALL = (0, 1, 3, BLOCK - 1, BLOCK, BLOCK + 1)
+LARGE = (PIECE - 1, PIECE + 1, 3 * PIECE + 17)
+
+STEP = SGDStep(
+    lr=0.1,
+    momentum=0.9,
+    dampening=0.0,
+    weight_decay=0.0,
+    nesterov=False,
+    maximize=False,
+    penalty=L1(0.3),
+    prox_step=1.0,
+    stochastic_rounding=True,
+)
+HYPERPARAMETERS = {
+    "plain": {"momentum": 0.0},
+    "momentum": {},
+    "dampening": {"dampening": 0.4},
+    "nesterov": {"nesterov": True},
+    "decay": {"weight_decay": 0.2},
+    "decay alone": {"momentum": 0.0, "weight_decay": 0.2, "maximize": True},
+    "nesterov, decay, maximize": {"nesterov": True, "weight_decay": 0.2, "maximize": True},
+    "tensors": {"lr": torch.tensor(0.1), "prox_step": torch.tensor(0.7), "weight_decay": 0.2},
+    "lr of zero": {"lr": 0.0, "prox_step": 0.0},
+}
+PENALTIES = {
+    "none": lambda w: None,
+    "L1": lambda w: L1(0.3),
+    "L2": lambda w: L2(0.2),
+    "ElasticNet": lambda w: ElasticNet(0.3, 0.2),
+    "0-d tensors": lambda w: ElasticNet(torch.tensor(0.3), torch.tensor([0.2])),
+    "L1 per coordinate": lambda w: L1(spread(w)),
+    "L2 per coordinate": lambda w: L2(spread(w)),
+    "l1 per coordinate": lambda w: ElasticNet(spread(w), 0.2),
+    "l2 per coordinate": lambda w: ElasticNet(0.3, spread(w).double()),
+    "both per coordinate": lambda w: ElasticNet(spread(w), spread(w)),
+    "beyond the type's range": lambda w: L1(1e300),
+}
+
+dtypes = pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+one_and_two_threads = pytest.mark.parametrize("threads", [1, 2])
+
+
+@contextlib.contextmanager
+def using(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def spread(w: Tensor) -> Tensor:
+    """A strength for each coordinate, some of them 0."""
+    return torch.linspace(0, 1, w.numel()).reshape(w.shape) * (torch.arange(w.numel()).reshape(w.shape) % 3 != 0)
+
+
+class Poisoned:
+    """Copies of tensors, each with the same strides amid NaN."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.memory, self.gaps, self.tensors = [], [], []
+        for t in tensors:
+            span = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+            memory = torch.full((span + 37,), torch.nan, dtype=t.dtype)
+            self.memory.append(memory)
+            if t.numel():
+                memory[13 : 13 + span] = t.as_strided((span,), (1,)).clone()
+            self.tensors.append(memory.as_strided(t.shape, t.stride(), 13))
+            gaps = memory.new_ones(memory.shape, dtype=torch.bool)
+            gaps.as_strided(t.shape, t.stride(), 13).fill_(False)
+            memory[gaps] = torch.nan
+            self.gaps.append(gaps)
+
+    def untouched(self) -> bool:
+        """Whether there is still NaN everywhere else."""
+        return all(memory[gaps].isnan().all() for memory, gaps in zip(self.memory, self.gaps, strict=True))
+
+
+def drawn(sizes, dtype, seed=0) -> list[Tensor]:
+    """Normal numbers, a third of them zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    return [(t * (torch.arange(t.numel()).reshape(t.shape) % 3 != 1)).to(dtype) for t in tensors]
+
+
+def assert_agrees(weights, step, grads=None, momentum=None, steps=3, threads=1):
+    """The fused step and the reference, side by side; every other parameter is at its first step."""
+    with torch.no_grad():
+        grads = drawn([w.shape for w in weights], weights[0].dtype, 1) if grads is None else grads
+        buffers = [torch.randn_like(w) for w in weights] if momentum is None else momentum
+        first = [i % 2 == 0 for i in range(len(weights))]
+        buffers = [torch.zeros_like(m) if fresh else m for m, fresh in zip(buffers, first, strict=True)]
+        guarded = [Poisoned(weights), Poisoned(grads), Poisoned(buffers if step.momentum else [])]
+        w, g, m = (p.tensors for p in guarded)
+        expected = [t.clone() for t in w], [t.clone() for t in g], [t.clone() for t in m]
+        fused = FusedSGD()
+        for _ in range(steps):
+            with using(threads):
+                fused.step([(SGDTensors(w, g, m, first if m else []), step)])
+            reference.prox_sgd(SGDTensors(*expected, first if m else []), step)
+            first = [False] * len(first)
+        for got, wanted in zip((w, g, m), expected, strict=True):
+            torch.testing.assert_close(got, wanted, equal_nan=True)
+        assert all(p.untouched() for p in guarded)
+        if step.penalty is not None and step.lr:
+            assert not any((t.signbit() & (t == 0)).any() for t in w)
+
+
+# Against the reference
+
+
+@dtypes
+@pytest.mark.parametrize("hyper", HYPERPARAMETERS.values(), ids=HYPERPARAMETERS)
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+def test_hyperparameters_and_penalties_act_as_in_the_reference(hyper, penalty, dtype):
+    for w in drawn([(7, 5), (BLOCK + 1,)], dtype):
+        assert_agrees([w, w.clone()], SGDStep(**{**vars(STEP), "penalty": penalty(w), **hyper}))
+
+
+@dtypes
+@one_and_two_threads
+@pytest.mark.parametrize("hyper", [{}, {"nesterov": True, "weight_decay": 0.2}], ids=["momentum", "nesterov"])
+def test_sizes_around_blocks_and_pieces_agree(hyper, dtype, threads):
+    step = SGDStep(**{**vars(STEP), "penalty": ElasticNet(0.3, 0.2), **hyper})
+    assert_agrees(drawn([(), *SMALL, *LARGE], dtype), step, steps=2, threads=threads)
+
+
+@dtypes
+@one_and_two_threads
+def test_strengths_of_each_coordinate_reach_over_pieces(dtype, threads):
+    (w,) = drawn([(3, PIECE // 2 + 5)], dtype)
+    for strength in (spread(w), spread(w[:1]), spread(w[:, :1])):
+        assert_agrees(
+            [w, w.clone()], SGDStep(**{**vars(STEP), "penalty": ElasticNet(strength, 0.2)}), steps=2, threads=threads
+        )
+
+
+def layouts() -> dict[str, Tensor]:
+    (w,) = drawn([(6, 4, 5, 3)], torch.float32)
+    return {
+        "contiguous": w,
+        "channels_last": w.to(memory_format=torch.channels_last),
+        "permuted": w.permute(3, 1, 0, 2),
+        "rows left out": w[::2],
+        "columns left out": w[..., ::2],
+        "a transposed slice": w[1:5, :, 2].transpose(0, 2),
+        "one channel": w[:, :1].to(memory_format=torch.channels_last),
+        "empty": w[:, :0].transpose(0, 3),
+    }
+
+
+@pytest.mark.parametrize("strength", [0.3, spread], ids=["number", "per coordinate"])
+@pytest.mark.parametrize("layout", layouts())
+def test_layouts_agree(layout, strength):
+    w = layouts()[layout]
+    penalty = L1(strength if isinstance(strength, float) else strength(w))
+    step = SGDStep(**{**vars(STEP), "penalty": penalty})
+    contiguous = torch.randn(w.shape)
+    elsewhere = torch.randn(w.shape[::-1]).permute(*reversed(range(w.ndim)))
+    assert_agrees([w, w], step)
+    assert_agrees([w, w], step, grads=[contiguous, elsewhere], momentum=[elsewhere, contiguous])
+    assert_agrees([w, w], step, grads=[torch.tensor(0.3).expand(w.shape)] * 2)
+
+
+def test_a_gradient_that_is_a_negated_view_is_read_as_such():
+    w = nn.Parameter(torch.ones(()))
+    w.grad = torch._neg_view(torch.ones(()))
+    ProxSGD([w], lr=0.5, penalty=L1(0.2), fused=True).step()
+    torch.testing.assert_close(w.detach(), torch.tensor(1.4))
+
+
+def test_nan_and_infinity_stay_where_they_are():
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 0.0])
+    finite = torch.tensor([1.0, 0.0, -1.0, torch.nan, torch.inf])
+    for penalty in (L1(0.3), ElasticNet(0.3, 0.2), L2(0.2), ElasticNet(torch.full((5,), 0.3), 0.2)):
+        for hyper in HYPERPARAMETERS.values():
+            step = SGDStep(**{**vars(STEP), "penalty": penalty, **hyper})
+            assert_agrees([values, values.clone()], step, grads=[finite, torch.zeros(5)], momentum=[torch.ones(5)] * 2)
+
+
+def pair(groups, **kwargs):
+    """The same groups twice: of a fused optimizer and of the plain loop."""
+    copies = [{**g, "params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in groups]
+    fused = ProxSGD(groups, **{"lr": 0.1, "momentum": 0.9, "fused": True, **kwargs})
+    return fused, ProxSGD(copies, **{"lr": 0.1, "momentum": 0.9, "fused": False, "foreach": False, **kwargs})
+
+
+def step_both(optimizers, seed):
+    for opt in optimizers:
+        generator = torch.Generator().manual_seed(seed)
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        opt.step()
+
+
+def assert_same_weights(optimizers):
+    for ours, theirs in zip(*(opt.param_groups for opt in optimizers), strict=True):
+        torch.testing.assert_close(ours["params"], theirs["params"], rtol=1e-5, atol=1e-6)  # a dtype may have changed
+
+
+def several_groups():
+    def weights(*sizes, dtype=torch.float32):
+        return [nn.Parameter(t) for t in drawn(sizes, dtype)]
+
+    return [
+        {"params": weights((30, 40), (0, 3)), "penalty": L1(0.2)},
+        {"params": weights((50,), (7, 3), dtype=torch.float64), "penalty": None, "momentum": 0.0},
+        {"params": [*weights((20, 5)), *weights((20, 5), dtype=torch.float64)], "penalty": ElasticNet(0.1, 0.3)},
+        {"params": weights((5, 4)), "penalty": L2(spread(torch.zeros(5, 4))), "lr": 0.3, "strength_scale": 0.5},
+    ]
+
+
+def test_groups_of_several_penalties_and_dtypes_go_together():
+    both = pair(several_groups())
+    for step in range(4):
+        step_both(both, step)
+    assert_same_weights(both)
+
+
+def test_what_changes_between_steps_is_noticed():
+    strength, scale = spread(torch.zeros(4, 3, 5, 6)), torch.tensor(1.0)
+    groups = [{"params": [nn.Parameter(torch.randn(4, 3, 5, 6)) for _ in range(2)], "penalty": L1(strength)}]
+    both = pair(groups, strength_scale=scale)
+    changes = {
+        "strengths": lambda opt, group: None if opt is both[1] else strength.mul_(3),
+        "scale": lambda opt, group: scale.fill_(0.5),
+        "lr": lambda opt, group: group.update(lr=0.05),
+        "memory format": lambda opt, group: [_set(p, torch.channels_last) for p in group["params"]],
+        "memory format of one": lambda opt, group: _set(group["params"][0], torch.contiguous_format),
+        "penalty": lambda opt, group: group.update(penalty=ElasticNet(strength / 2, strength)),
+        "dtype": lambda opt, group: [setattr(p, "data", p.double()) for p in group["params"]],
+        "frozen": lambda opt, group: group["params"].pop(),
+    }
+    step_both(both, 0)
+    for seed, change in enumerate(changes.values(), 1):
+        for opt in both:
+            change(opt, opt.param_groups[0])
+            for p in opt.state:
+                if p.dtype != opt.state[p]["momentum_buffer"].dtype:
+                    opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].to(p.dtype)
+        step_both(both, seed)
+        assert_same_weights(both)
+
+
+def _set(p, memory_format):
+    p.data = p.data.to(memory_format=memory_format)
+
+
+def test_strengths_made_in_inference_mode_are_read():
+    with torch.inference_mode():
+        strength = torch.tensor([0.0, 1.0])
+    w = nn.Parameter(torch.ones(2))
+    opt = ProxSGD([w], lr=0.1, penalty=L1(strength), fused=True)
+    for _ in range(2):
+        w.grad = torch.zeros(2)
+        opt.step()
+    torch.testing.assert_close(w.detach(), torch.tensor([1.0, 0.8]))
+
+
+# Counts
+
+
+def brute_force(before, after):
+    columns = [
+        (after == 0).sum(),
+        ((after == 0) & (before != 0)).sum(),
+        ((after != 0) & (before == 0)).sum(),
+        after.double().abs().sum(),
+        after.double().square().sum(),
+    ]
+    return torch.stack([c.double() for c in columns])
+
+
+@one_and_two_threads
+def test_counts_are_those_of_brute_force_after_each_step(threads):
+    large = [nn.Parameter(t) for t in drawn([2 * PIECE + 100], torch.float32)]
+    opt = ProxSGD([*several_groups(), {"params": large}], lr=0.1, momentum=0.9, penalty=L1(0.5), fused=True)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for step in range(3):
+        before = {p: p.detach().clone() for p in params}
+        with using(threads):
+            step_both([opt], step)
+        counts = opt.step_counts()
+        assert sorted(map(id, counts.counted())) == sorted(map(id, params))
+        rows = torch.cat(counts.take_counts())
+        assert rows.dtype == torch.float64
+        expected = torch.stack([brute_force(before[p], p.detach()) for p in counts.counted()])
+        assert torch.equal(rows[:, :3], expected[:, :3])
+        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=0)
+
+
+def test_newly_zero_and_revived_add_up_until_they_are_taken():
+    (w,) = (nn.Parameter(t) for t in drawn([5000], torch.float32))
+    opt = ProxSGD([w], lr=0.1, penalty=L1(0.5), fused=True)
+    changes = torch.zeros(2, dtype=torch.float64)
+    for step in range(4):
+        before = w.detach().clone()
+        step_both([opt], step)
+        changes += brute_force(before, w.detach())[1:3]
+    (row,) = torch.cat(opt.step_counts().take_counts())
+    assert torch.equal(row[1:3], changes)
+    assert row[0] == (w == 0).sum()
+    (again,) = torch.cat(opt.step_counts().take_counts())
+    assert again[1:3].tolist() == [0, 0]
+    assert torch.equal(again[[0, 3, 4]], row[[0, 3, 4]])
+
+
+def test_nan_is_no_zero_and_reaches_the_sums():
+    w = nn.Parameter(torch.tensor([torch.nan, 0.0, 0.0, 1.0, 0.001]))
+    w.grad = torch.tensor([0.0, torch.nan, 0.0, 0.0, 0.0])
+    opt = ProxSGD([w], lr=0.1, penalty=L1(0.5), fused=True)
+    opt.step()
+    (row,) = torch.cat(opt.step_counts().take_counts())
+    assert row[:3].tolist() == [2, 1, 1]
+    assert row[3:].isnan().all()
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e-25, 1e-3, 1e19, 1e30, 3e38])
+def test_sums_of_tiny_and_huge_weights_keep_their_digits(value):
+    w = nn.Parameter(torch.full((3000,), value))
+    w.grad = torch.zeros(3000)
+    opt = ProxSGD([w], lr=0.1, penalty=L1(0.0), fused=True)
+    opt.step()
+    (row,) = torch.cat(opt.step_counts().take_counts())
+    torch.testing.assert_close(row, brute_force(w.detach(), w.detach()), rtol=1e-5, atol=0)
+
+
+def test_only_parameters_with_a_gradient_are_counted():
+    a, b = (nn.Parameter(torch.randn(5)) for _ in range(2))
+    opt = ProxSGD([a, b], lr=0.1, penalty=L1(0.5), fused=True)
+    assert opt.step_counts() is None
+    for p, q in itertools.permutations([a, b]):
+        p.grad, q.grad = torch.zeros(5), None
+        opt.step()
+        assert [id(x) for x in opt.step_counts().counted()] == [id(p)]
+        assert len(torch.cat(opt.step_counts().take_counts())) == 1
+    a.grad = b.grad = None
+    opt.step()
+    assert opt.step_counts() is None
+
+
+# Autograd
+
+
+def test_autograd_sees_that_weights_and_momentum_were_overwritten():
+    w = nn.Parameter(torch.randn(5))
+    opt = ProxSGD([w], lr=0.1, momentum=0.9, penalty=L1(0.5), fused=True)
+    w.grad = torch.ones(5)
+    loss = w.square().sum()
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    buffer = opt.state[w]["momentum_buffer"]
+    version = buffer._version
+    opt.step()
+    assert buffer._version > version
