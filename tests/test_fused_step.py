@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg import L1, L2, ElasticNet, ProxSGD
-from torchreg.kernels import FusedSGD, SGDStep, SGDTensors, native, reference
+from torchreg.kernels import FusedSGD, SGDStep, SGDTensors, native, prox_sgd, reference
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no kernel: {native.unavailable()}")
 
@@ -116,7 +116,7 @@ def assert_agrees(weights, step, grads=None, momentum=None, steps=3, threads=1):
         fused = FusedSGD()
         for _ in range(steps):
             with using(threads):
-                fused.step([(SGDTensors(w, g, m, first if m else []), step)])
+                prox_sgd([(SGDTensors(w, g, m, first if m else []), step)], [(True, None)], fused)
             reference.prox_sgd(SGDTensors(*expected, first if m else []), step)
             first = [False] * len(first)
         for got, wanted in zip((w, g, m), expected, strict=True):
@@ -265,6 +265,29 @@ def test_what_changes_between_steps_is_noticed():
 
 def _set(p, memory_format):
     p.data = p.data.to(memory_format=memory_format)
+
+
+VIEWS = {
+    "fewer rows": lambda t: t[:2],
+    "transposed": lambda t: t.t(),
+    "another dtype": lambda t: t.view(torch.float64 if t.dtype == torch.float32 else torch.float32),
+    "a slice": lambda t: t[:, ::2],
+}
+
+
+@dtypes
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_weight_that_becomes_a_view_of_its_memory_is_stepped_as_such(view, dtype):
+    both = pair([{"params": [nn.Parameter(t) for t in drawn([(4, 6), (3, 2)], dtype)], "penalty": L1(0.1)}])
+    step_both(both, 0)
+    for opt in both:
+        p = opt.param_groups[0]["params"][0]
+        old = p.data
+        p.data = view(old).copy_(torch.linspace(-1, 1, view(old).numel()).reshape(view(old).shape))
+        opt.state[p]["momentum_buffer"] = torch.ones_like(p)
+        p.grad = None
+    step_both(both, 1)
+    assert_same_weights(both)
 
 
 def test_strengths_made_in_inference_mode_are_read():

@@ -1,0 +1,301 @@
+"""Which implementation a step takes on the CPU, why not the fused one, and that copies and forks keep it."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+from optimizer_cases import identical, snapshot
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from torchreg import L1, ElasticNet, ProxSGD
+from torchreg.kernels import native, selection, toolchain
+
+LARGE, SMALL = selection.SMALLEST, 100
+
+needs_kernel = pytest.mark.skipif(native.unavailable() is not None, reason=f"no kernel: {native.unavailable()}")
+
+
+def weights(*sizes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
+
+
+def set_gradients(opt, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def stepped(params, steps=2, **kwargs):
+    opt = ProxSGD(params, **{"lr": 0.1, "momentum": 0.9, **kwargs})
+    for seed in range(steps):
+        set_gradients(opt, seed)
+        opt.step()
+    return opt
+
+
+def fused(opt):
+    """The ids of the parameters that the last step fused."""
+    counts = opt.step_counts()
+    return set() if counts is None else {id(p) for p in counts.counted()}
+
+
+def ids(params):
+    return {id(p) for p in params}
+
+
+@pytest.fixture
+def forgotten():
+    """Nothing remembered of the toolchain, before and after."""
+    caches = native.unavailable, toolchain.library
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+# Unasked
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("sizes", "kwargs", "expected"),
+    [
+        ([LARGE], {"penalty": L1(0.1)}, True),
+        ([LARGE // 2] * 2, {"penalty": L1(0.1)}, True),
+        ([LARGE - 1], {"penalty": L1(0.1)}, False),
+        ([SMALL], {"penalty": L1(0.1)}, False),
+        ([SMALL], {"penalty": L1(0.1), "fused": True}, True),
+        ([SMALL], {"fused": True}, True),
+        ([LARGE], {}, False),
+        ([LARGE], {"penalty": L1(0.1), "fused": False}, False),
+        ([LARGE], {"penalty": L1(0.1), "foreach": False}, False),
+        ([LARGE], {"penalty": L1(0.1), "foreach": True}, False),
+        ([LARGE], {"penalty": L1(0.1), "differentiable": True}, False),
+    ],
+    ids=str,
+)
+def test_large_penalised_models_are_fused_unless_told_otherwise(sizes, kwargs, expected):
+    params = weights(*sizes)
+    if kwargs.get("differentiable"):
+        params = [p.requires_grad_(False) for p in params]
+    assert fused(stepped(params, **kwargs)) == (ids(params) if expected else set())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hyper", [{}, {"nesterov": True}, {"dampening": 0.3}, {"weight_decay": 0.1}], ids=str)
+def test_without_a_penalty_the_step_is_torch_sgd_to_the_last_bit(hyper, dtype):
+    ours, theirs = weights(LARGE, SMALL, dtype=dtype), weights(LARGE, SMALL, dtype=dtype)
+    stepped(ours, 3, **hyper)
+    opt = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False, **hyper)
+    for seed in range(3):
+        set_gradients(opt, seed)
+        opt.step()
+    assert identical(snapshot(ours), snapshot(theirs))
+
+
+@needs_kernel
+def test_groups_without_a_penalty_go_along():
+    a, b, c = weights(LARGE), weights(SMALL), weights(SMALL)
+    groups = [{"params": a, "penalty": L1(0.1)}, {"params": b}, {"params": c, "fused": False}]
+    assert fused(stepped(groups)) == ids(a + b)
+    assert fused(stepped([{"params": weights(SMALL), "penalty": L1(0.1)}, {"params": a}])) != set()
+
+
+@needs_kernel
+def test_what_has_no_fused_form_is_stepped_beside_it():
+    def mixed():
+        plain = weights(LARGE, SMALL) + weights(SMALL, dtype=torch.float64)
+        return plain, weights(SMALL, dtype=torch.bfloat16) + weights(SMALL, dtype=torch.complex64)
+
+    (plain, other), (plain_too, other_too) = mixed(), mixed()
+    opt = stepped([*other, *plain], penalty=ElasticNet(0.1, 0.2))
+    stepped([*other_too, *plain_too], penalty=ElasticNet(0.1, 0.2), fused=False, foreach=False)
+    assert fused(opt) == ids(plain)
+    for a, b in zip(plain + other, plain_too + other_too, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# Asked for, and refused with the reason
+
+
+class _Custom(L1.__mro__[2]):
+    """A penalty that no kernel knows."""
+
+    type_name = "Custom"
+
+    def value(self, w):
+        return w.abs().sum()
+
+    def grad(self, w):
+        return torch.sgn(w)
+
+    def prox(self, w, step=1.0):
+        return torch.nn.functional.softshrink(w, step) + 0
+
+    def optimality_residual(self, w, grad):
+        raise NotImplementedError
+
+    def strength_max(self, grad):
+        raise NotImplementedError
+
+    def threshold(self, step):
+        return step
+
+
+class _Tagged(torch.Tensor):
+    """A tensor subclass."""
+
+
+UNFIT = {
+    "complex": (lambda: weights(3, dtype=torch.complex64)[0], L1(0.1), "torch.complex64"),
+    "float16": (lambda: weights(3, dtype=torch.float16)[0], L1(0.1), "torch.float16"),
+    "bfloat16": (lambda: weights(3, dtype=torch.bfloat16)[0], None, "for float32, float64"),
+    "meta": (lambda: nn.Parameter(torch.empty(3, device="meta")), L1(0.1), "none for meta"),
+    "subclass": (lambda: nn.Parameter(torch.ones(3).as_subclass(_Tagged)), L1(0.1), "_Tagged"),
+    "negated": (lambda: nn.Parameter(torch._neg_view(torch.ones(3))), L1(0.1), "negated"),
+    "custom penalty": (lambda: weights(3)[0], _Custom(), "Custom has no fused form"),
+}
+unfit = pytest.mark.parametrize(("make", "penalty", "reason"), UNFIT.values(), ids=UNFIT)
+
+
+@unfit
+def test_what_cannot_be_fused_is_refused_with_the_reason(make, penalty, reason):
+    opt = ProxSGD(weights(3), lr=0.1)
+    before = len(opt.param_groups)
+    with pytest.raises(RuntimeError, match=r"`fused=True` can't be had.*\(3,\).*" + reason):
+        opt.add_param_group({"params": [make()], "penalty": penalty, "fused": True})
+    assert len(opt.param_groups) == before
+
+
+@unfit
+def test_unasked_it_takes_the_eager_form(make, penalty, reason):
+    p, large = make(), weights(LARGE)
+    opt = ProxSGD([{"params": [p], "penalty": penalty}, {"params": large, "penalty": L1(0.1)}], lr=0.1, momentum=0.9)
+    p.grad, large[0].grad = torch.full_like(p, 2), torch.ones_like(large[0])
+    before = p.detach().clone()
+    opt.step()
+    assert fused(opt) <= ids(large)
+    assert p.is_meta or not torch.equal(p, before)
+
+
+@needs_kernel
+def test_what_becomes_unfit_later_is_refused_at_the_step_and_changes_nothing():
+    a, b = weights(3, 3)
+    opt = stepped([a, b], penalty=L1(0.1), fused=True)
+    b.data = b.data.half()
+    set_gradients(opt)
+    before = snapshot([a, b])
+    with pytest.raises(RuntimeError, match=r"`fused=True` can't be had.*float16"):
+        opt.step()
+    assert identical(snapshot([a, b]), before)
+
+
+@pytest.mark.parametrize("how", ["switch", "no compiler"])
+def test_without_a_kernel_it_is_refused_when_asked_for_and_eager_when_not(how, forgotten, monkeypatch, tmp_path):
+    expected = snapshot(stepped(weights(LARGE), penalty=L1(0.1), foreach=False).param_groups[0]["params"])
+    if how == "switch":
+        monkeypatch.setenv(toolchain.SWITCH, "0")
+        reason = "switched off by TORCHREG_NATIVE=0"
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.delenv(toolchain.SWITCH, raising=False)
+        reason = "no C compiler"
+    with pytest.raises(RuntimeError, match=f"`fused=True` can't be had.*{reason}"):
+        ProxSGD(weights(3), lr=0.1, penalty=L1(0.1), fused=True)
+    params = weights(LARGE)
+    opt = stepped(params, penalty=L1(0.1))
+    assert fused(opt) == set()
+    torch.testing.assert_close(snapshot(params), expected)
+
+
+# Copies, checkpoints, torch.compile
+
+
+@needs_kernel
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_are_fused_and_independent(make):
+    opt = stepped(weights(SMALL), penalty=L1(0.1), fused=True)
+    twin = make(opt)
+    assert fused(opt) == ids(opt.param_groups[0]["params"])
+    assert twin.step_counts() is None
+    for o in (opt, twin):
+        set_gradients(o, 7)
+        o.step()
+    (a,), (b,) = (o.param_groups[0]["params"] for o in (opt, twin))
+    assert identical(snapshot([a]), snapshot([b]))
+    assert (fused(opt), fused(twin)) == ({id(a)}, {id(b)})
+
+
+@needs_kernel
+@pytest.mark.parametrize(("saved", "mine"), [(True, False), (False, True), (None, True), (True, None)])
+def test_a_checkpoint_brings_the_state_and_leaves_the_choice(saved, mine):
+    source = stepped(weights(SMALL), penalty=L1(0.1), fused=saved)
+    params = [nn.Parameter(p.detach().clone()) for p in source.param_groups[0]["params"]]
+    opt = stepped(weights(SMALL), penalty=L1(0.3), fused=mine)
+    opt.param_groups[0]["params"][0].data = params[0].data
+    opt.load_state_dict(copy.deepcopy(source.state_dict()))
+    assert opt.param_groups[0]["fused"] is mine
+    assert opt.step_counts() is None
+    for o in (source, opt):
+        set_gradients(o, 7)
+        o.step()
+    assert bool(fused(opt)) is bool(mine)
+    torch.testing.assert_close(opt.param_groups[0]["params"][0], source.param_groups[0]["params"][0])
+
+
+def test_a_compiled_step_of_large_tensors_is_one_graph():
+    torch._dynamo.reset()
+    ours, theirs = weights(LARGE, SMALL), weights(LARGE, SMALL)
+    kwargs = {"lr": torch.tensor(0.1), "momentum": 0.9, "penalty": L1(0.1)}
+    opt, eager = ProxSGD(ours, **kwargs), ProxSGD(theirs, foreach=False, **kwargs)
+    step = ProxSGD.step
+    while hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    counter = CompileCounter()
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for seed in range(4):
+        for o in (opt, eager):
+            set_gradients(o, seed)
+        with torch.no_grad():
+            compiled(opt)
+        eager.step()
+    assert counter.frame_count == 2  # the first step, which fills the momentum buffers, and all others
+    assert fused(opt) == set()
+    torch.testing.assert_close(snapshot(ours), snapshot(theirs))
+
+
+# Forks
+
+
+@needs_kernel
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_a_forked_child_steps_without_hanging():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ours, theirs = weights(3 * native.PIECE_SIZE), weights(3 * native.PIECE_SIZE)
+        opts = [stepped(params, penalty=L1(0.1), fused=True) for params in (ours, theirs)]
+        ours[0].data.share_memory_()
+        for opt in opts:
+            set_gradients(opt, 7)
+        child = multiprocessing.get_context("fork").Process(target=opts[0].step)
+        child.start()
+        child.join(60)
+        hanging = child.is_alive()
+        if hanging:
+            child.kill()
+        assert not hanging
+        assert child.exitcode == 0
+        opts[1].step()
+        assert identical(snapshot(ours), snapshot(theirs))
+    finally:
+        torch.set_num_threads(before)
