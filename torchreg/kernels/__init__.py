@@ -16,6 +16,7 @@ from torchreg.kernels.fused import FusedSGD
 from torchreg.kernels.penalties import added_gradients, gradients, total_value
 from torchreg.kernels.plan import Part
 from torchreg.kernels.problem import SGDStep, SGDTensors
+from torchreg.kernels.selection import Wish
 
 __all__ = [
     "FusedSGD",
@@ -27,9 +28,6 @@ __all__ = [
     "selection",
     "total_value",
 ]
-
-Wish = tuple[bool | None, bool | None]
-"""What a param group says of (fused, foreach)."""
 
 
 def prox_sgd(
@@ -48,43 +46,14 @@ def prox_sgd(
     Raises:
         RuntimeError: if an implementation was asked for that can't be had; nothing is changed then.
     """
-    compiling = torch.compiler.is_compiling()
-    positions = [
-        [] if compiling else selection.fused_positions(tensors.params, step, *wish)
-        for (tensors, step), wish in zip(parts, wishes, strict=True)
-    ]
-    if not compiling:
-        _settle(parts, wishes, positions)
-    together, alone = [], []
-    for (tensors, step), wish, chosen in zip(parts, wishes, positions, strict=True):
-        rest = sorted(set(range(len(tensors.params))) - set(chosen)) if chosen else []
-        if chosen:
-            together.append((tensors if not rest else tensors.take(chosen), step))
-        if rest or not chosen:
-            alone.append((tensors.take(rest) if rest else tensors, step, wish[1]))
-    if together:
-        fused.step(together, grad_scale, found_inf)
+    alone: list[selection.Chosen]
+    if torch.compiler.is_compiling():  # a compiler fuses by itself
+        alone = [(i, None) for i in range(len(parts))]
     else:
-        fused.clear()
-    for tensors, step, foreach in alone:
-        _eager(tensors, step, foreach)
-
-
-def _settle(parts: Sequence[Part], wishes: Sequence[Wish], positions: list[list[int]]) -> None:
-    """Empty the positions of groups that nobody asked to fuse and where it does not pay or can't be had."""
-    candidates = [tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen]
-    penalised = any(step.penalty is not None and tensors.params for tensors, step in parts)
-    unasked = penalised and selection.pays(candidates)
-    for (tensors, _), (wish, _), chosen in zip(parts, wishes, positions, strict=True):
-        if not chosen or (wish is None and not unasked):
-            chosen.clear()
-            continue
-        for device in {tensors.params[i].device for i in chosen}:
-            reason = selection.unavailable(device)
-            if reason is not None and wish:
-                raise RuntimeError(f"`fused=True` can't be had on {device}: {reason}.")
-            if reason is not None:
-                chosen[:] = [i for i in chosen if tensors.params[i].device != device]
+        alone = fused.step(parts, wishes, grad_scale, found_inf)
+    for i, indices in alone:
+        tensors, step = parts[i]
+        _eager(tensors if indices is None else tensors.take(indices), step, wishes[i][1])
 
 
 def _eager(tensors: SGDTensors, step: SGDStep, foreach: bool | None) -> None:

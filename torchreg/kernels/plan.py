@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,32 +54,43 @@ class Plan:
         self.uploads: dict[str, tuple[Any, Tensor]] = {}
         self.captured: list[Tensor] = []
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
+        self._contiguous = False
         self._owners: Tensor | None = None
         self._held: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, parts: Sequence[Part]) -> None:
-        """Take over the tensors and hyperparameters of a step."""
+    def update(self, parts: Sequence[Part], same: bool = False) -> None:
+        """Take over the tensors and hyperparameters of a step.
+
+        Args:
+            parts: the tensors of each param group that are of this plan's device and dtype.
+            same: whether the parameters and their memory are those of the last update.
+        """
         self._held, self._copies, self.traced, self.seeds = [], [], [], []
-        params = [p for tensors, _ in parts for p in tensors.params]
+        params = self.params if same else [p for tensors, _ in parts for p in tensors.params]
         n = len(params)
-        table = np.zeros((len(COLUMNS), n), dtype=np.int64)
+        table = self.table.copy() if same else np.zeros((len(COLUMNS), n), dtype=np.int64)
+        quick = same and self._contiguous
+        self._contiguous = True
         self.hypers = np.zeros((len(parts), len(HYPERS)))
         start = 0
         for row, (tensors, step) in enumerate(parts):
             here = slice(start, start + len(tensors.params))
-            self._addresses(table[:, here], tensors)
+            if not (quick and self._quick_addresses(table[:, here], tensors)):
+                self._addresses(table[:, here], tensors)
             self._hyperparameters(row, step)
             self._strength_addresses(table[:, here], tensors.params, step)
             table[COLUMNS.index("group"), here] = row
-            if tensors.first:
-                table[COLUMNS.index("first"), here] = tensors.first
-            self.seeds += tensors.seeds or [0] * len(tensors.params)
+            table[COLUMNS.index("first"), here] = tensors.first or 0
+            if tensors.seeds:
+                self.seeds += [0] * (start - len(self.seeds)) + tensors.seeds
             start = here.stop
-        if not any(isinstance(seed, Tensor) for seed in self.seeds):
+        if self.seeds:
+            self.seeds += [0] * (n - len(self.seeds))
+        if self.seeds and not any(isinstance(seed, Tensor) for seed in self.seeds):
             table[COLUMNS.index("seed")] = np.array(self.seeds, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
         sizes, known = table[COLUMNS.index("size")], self.table[COLUMNS.index("size")]
-        if len(self.params) != n or not all(map(_is, self.params, params)) or not np.array_equal(sizes, known):
+        if not same and not (_identical(self.params, params) and np.array_equal(sizes, known)):
             self._cut(sizes)
         self.params, self.table = params, table
 
@@ -102,6 +114,18 @@ class Plan:
         self.counts = torch.zeros(len(owner), len(COUNTS), dtype=torch.float64, device=self.device)
         self._owners = None
 
+    def _quick_addresses(self, table: Any, tensors: SGDTensors) -> bool:
+        """Only the gradients and buffers may have moved. Whether that is so, and all of them are contiguous."""
+        grads, buffers = tensors.grads, tensors.momentum_buffers
+        together = [*grads, *buffers]
+        if any(map(Tensor.is_neg, together)) or not all(map(Tensor.is_contiguous, together)):
+            return False
+        if any(t.dtype != self.dtype for t in together):
+            return False
+        table[1] = list(map(Tensor.data_ptr, grads))
+        table[2] = list(map(Tensor.data_ptr, buffers)) if buffers else 0
+        return True
+
     def _addresses(self, table: Any, tensors: SGDTensors) -> None:
         """Where the tensors are. What is not laid out like its parameter, or not dense, is worked on in a copy."""
         weights, grads, buffers = [], [], []
@@ -110,6 +134,7 @@ class Plan:
             m = tensors.momentum_buffers[i] if tensors.momentum_buffers else None
             w = p if p.is_contiguous() or is_dense(p) else self._copied(p)
             stride = w.stride()
+            self._contiguous &= p.is_contiguous()
             if g.stride() != stride or g.dtype != self.dtype or g.is_neg():  # a view that is negated when it is read
                 g = torch.empty_like(w).copy_(g)
                 self._held.append(g)
@@ -170,5 +195,5 @@ class Plan:
                 table[COLUMNS.index(name), i] = laid_out.data_ptr()
 
 
-def _is(a: Tensor, b: Tensor) -> bool:
-    return a is b
+def _identical(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from torchreg.kernels import native, triton_sgd
+from torchreg.kernels.plan import Part
 from torchreg.kernels.problem import SGDStep
 from torchreg.penalties import Penalty
 from torchreg.penalties.separable import _Shrinkage
+
+Wish = tuple[bool | None, bool | None]
+"""What a param group says of (fused, foreach)."""
+
+Chosen = tuple[int, list[int] | None]
 
 SMALLEST = 1 << 16
 """Weights on the CPU from which the compiled kernel is chosen unasked: below, building it does not pay."""
@@ -62,3 +72,80 @@ def pays(parameters: list[Tensor]) -> bool:
     """Whether a fused step of these is chosen unasked: on a GPU always, on the CPU for many weights."""
     on_cpu = sum(p.numel() for p in parameters if p.device.type == "cpu")
     return on_cpu >= SMALLEST or on_cpu == 0
+
+
+class Arrangement:
+    """Which tensors of which part go to which fused step, and which go to none.
+
+    Attributes:
+        kinds: for each device and dtype the (part, indices) of a fused step; None stands for all.
+        alone: the (part, indices) that are taken by other forms.
+    """
+
+    def __init__(self, parts: Sequence[Part], wishes: Sequence[Wish]) -> None:
+        positions = [
+            fused_positions(tensors.params, step, *wish) for (tensors, step), wish in zip(parts, wishes, strict=True)
+        ]
+        _settle(parts, wishes, positions)
+        self.kinds: dict[tuple[torch.device, torch.dtype], list[Chosen]] = {}
+        self.alone: list[Chosen] = []
+        for i, ((tensors, _), chosen) in enumerate(zip(parts, positions, strict=True)):
+            here: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+            for position in chosen:
+                p = tensors.params[position]
+                here.setdefault((p.device, p.dtype), []).append(position)
+            for kind, indices in here.items():
+                self.kinds.setdefault(kind, []).append((i, None if len(indices) == len(tensors.params) else indices))
+            rest = sorted(set(range(len(tensors.params))) - set(chosen))
+            if rest:
+                self.alone.append((i, None if not chosen else rest))
+        self._signatures = [_signature(step, wish) for (_, step), wish in zip(parts, wishes, strict=True)]
+        self._params = [tensors.params for tensors, _ in parts]
+        self._fused = [
+            p for (tensors, _), chosen in zip(parts, positions, strict=True) for p in tensors.params if chosen
+        ]
+        self._memory = _memory(self._fused)
+
+    def fits(self, parts: Sequence[Part], wishes: Sequence[Wish]) -> bool:
+        """Whether it holds for this step too: the same parameters in the same memory, penalties and wishes."""
+        return (
+            len(parts) == len(self._params)
+            and all(map(_identical, self._params, (tensors.params for tensors, _ in parts)))
+            and self._signatures == [_signature(step, wish) for (_, step), wish in zip(parts, wishes, strict=True)]
+            and self._memory == _memory(self._fused)
+        )
+
+
+def _signature(step: SGDStep, wish: Wish) -> tuple[object, ...]:
+    return type(step.penalty), step.differentiable, *wish
+
+
+def _memory(params: list[Tensor]) -> tuple[list[Any], ...]:
+    """What tells that a parameter became another view, even of the same memory."""
+    return (
+        list(map(Tensor.data_ptr, params)),
+        list(map(Tensor.numel, params)),
+        list(map(Tensor.is_contiguous, params)),
+        [p.dtype for p in params],
+    )
+
+
+def _identical(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _settle(parts: Sequence[Part], wishes: Sequence[Wish], positions: list[list[int]]) -> None:
+    """Empty the positions of groups that nobody asked to fuse and where it does not pay or can't be had."""
+    candidates = [tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen]
+    penalised = any(step.penalty is not None and tensors.params for tensors, step in parts)
+    unasked = penalised and pays(candidates)
+    for (tensors, _), (wish, _), chosen in zip(parts, wishes, positions, strict=True):
+        if not chosen or (wish is None and not unasked):
+            chosen.clear()
+            continue
+        for device in {tensors.params[i].device for i in chosen}:
+            reason = unavailable(device)
+            if reason is not None and wish:
+                raise RuntimeError(f"`fused=True` can't be had on {device}: {reason}.")
+            if reason is not None:
+                chosen[:] = [i for i in chosen if tensors.params[i].device != device]

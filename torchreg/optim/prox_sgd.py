@@ -206,7 +206,7 @@ class ProxSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._refuse_sparse_gradients()
+        gradients = [self._gradients(group, i) for i, group in enumerate(self.param_groups)]  # may raise
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         on_device = found_inf is not None and self._step_supports_amp_scaling and not self._starts_damped()
         if found_inf is not None and not on_device and bool(found_inf):
@@ -214,8 +214,11 @@ class ProxSGD(Optimizer):
         steps = [self._hyperparameters(group) for group in self.param_groups]  # may raise: before any change
         count = any(map(_rounds, self.param_groups))
         offset, parts = 0, []
-        for group, step in zip(self.param_groups, steps, strict=True):
-            parts.append((self._collect(group, offset, count, None if on_device else grad_scale), step))
+        for group, tensors, step in zip(self.param_groups, gradients, steps, strict=True):
+            if grad_scale is not None and not on_device:
+                tensors.grads = [g / grad_scale.to(g.device) for g in tensors.grads]
+            self._add_state(tensors, group, offset, count)
+            parts.append((tensors, step))
             offset += len(group["params"])
         wishes = [(group["fused"], group["foreach"]) for group in self.param_groups]
         if on_device:
@@ -260,40 +263,43 @@ class ProxSGD(Optimizer):
             differentiable=group["differentiable"],
         )
 
-    def _refuse_sparse_gradients(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            for position, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
-                    raise TypeError(
-                        f"ProxSGD needs dense gradients, but the one of parameter {name} (shape {tuple(p.shape)}) is "
-                        f"{p.grad.layout}; build its embedding with sparse=False."
-                    )
+    def _gradients(self, group: Mapping[str, Any], index: int) -> kernels.SGDTensors:
+        """The parameters that have a gradient, and their gradients.
 
-    def _collect(
-        self, group: dict[str, Any], offset: int, count: bool, grad_scale: Tensor | None
-    ) -> kernels.SGDTensors:
-        """The parameters that have a gradient, and their state, created where it is missing.
+        Not named ``_init_group`` as in torch: torch.compile calls a method of that name instead of tracing it.
+        """
+        params, grads, dense = [], [], torch.strided
+        for position, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout is not dense:
+                name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
+                raise TypeError(
+                    f"ProxSGD needs dense gradients, but the one of parameter {name} (shape {tuple(p.shape)}) is "
+                    f"{grad.layout}; build its embedding with sparse=False."
+                )
+            params.append(p)
+            grads.append(grad)
+        return kernels.SGDTensors(params, grads)
+
+    def _add_state(self, tensors: kernels.SGDTensors, group: Mapping[str, Any], offset: int, count: bool) -> None:
+        """Momentum buffers and rounding seeds, created where they are missing.
 
         With ``count`` all get a step counter, also those that are not rounded: torch.distributed.checkpoint expects
         a state for all parameters or for none.
-        Not named ``_init_group`` as in torch: torch.compile calls a method of that name instead of tracing it.
         """
-        tensors = kernels.SGDTensors()
-        for index, p in enumerate(group["params"], start=offset):
-            if p.grad is None:
-                continue
-            tensors.params.append(p)
-            tensors.grads.append(p.grad if grad_scale is None else p.grad / grad_scale.to(p.device))
-            if group["momentum"] != 0:
+        if group["momentum"] != 0:
+            for p in tensors.params:
                 state = self.state[p]
-                tensors.first.append(state.get("momentum_buffer") is None)
-                if tensors.first[-1]:
-                    state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                tensors.momentum_buffers.append(state["momentum_buffer"])
-            if count:
-                tensors.seeds.append(self._rounding_seed(p, index, group))
-        return tensors
+                buffer = state.get("momentum_buffer")
+                tensors.first.append(buffer is None)
+                if buffer is None:
+                    buffer = state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                tensors.momentum_buffers.append(buffer)
+        if count:
+            positions = (i for i, p in enumerate(group["params"], start=offset) if p.grad is not None)
+            tensors.seeds += [self._rounding_seed(p, i, group) for p, i in zip(tensors.params, positions, strict=True)]
 
     def _rounding_seed(self, p: Tensor, index: int, group: Mapping[str, Any]) -> int | Tensor:
         """Count the step; a number that differs between steps and between parameters, and agrees between replicas."""
