@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from torchreg.cli import compare, inspect
+from torchreg.cli import compare, doctor, inspect
 from torchreg.cli.arguments import Parser
 from torchreg.cli.output import CommandError, discard_output, print_error
 
@@ -66,4 +66,5 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     compare.add_parser(commands)
     inspect.add_parser(commands)
+    doctor.add_parser(commands)
     return parser

@@ -1,0 +1,108 @@
+"""``torchreg doctor``: which implementation of the step each device of this machine would use, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from torchreg.cli.output import print_result, printable
+
+if TYPE_CHECKING:
+    import torch
+
+DESCRIPTION = """\
+Prints which implementation a step of ProxSGD with a penalty takes on each device, why not the faster one, and what they
+are built with. On the CPU this compiles the fused step, unless that was done before.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's arguments."""
+    parser = commands.add_parser("doctor", help="print what each device would use, and why", description=DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the diagnosis."""
+    document = diagnosis()
+    print_result(json.dumps(document, indent=2) if arguments.json else _text(document))
+
+
+def diagnosis() -> dict[str, Any]:
+    """Devices, versions, the compiler, the cache folder and the switches: strings, lists and None."""
+    import torch
+
+    from torchreg.kernels import toolchain
+
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    try:
+        compiler, no_compiler = toolchain.compiler(), None
+    except toolchain.Unavailable as error:
+        compiler, no_compiler = None, str(error)
+    return {
+        "devices": [_device(device) for device in devices],
+        "versions": {name: _version(name) for name in ("torchreg", "torch", "triton")},
+        "compiler": {"path": compiler, "reason": no_compiler},
+        "cache": str(toolchain.cache_folder()),
+        "switches": {name: os.environ.get(name) for name in (toolchain.SWITCH, toolchain.CACHE, "CC")},
+    }
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    from torchreg.kernels import native, selection, triton_sgd
+
+    on_cpu = device.type == "cpu"
+    missing = selection.unavailable(device)
+    language, dtypes, smallest = (
+        ("C", native.DTYPES, selection.SMALLEST) if on_cpu else ("Triton", triton_sgd.DTYPES, 0)
+    )
+    eager = "tiled" if on_cpu else "foreach"
+    return {
+        "device": str(device),
+        "name": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
+        "step": f"fused ({language})" if missing is None else eager,
+        "otherwise": eager,
+        "dtypes": [] if missing else [str(dtype).removeprefix("torch.") for dtype in dtypes],
+        "smallest": None if missing else smallest,
+        "not_fused": missing,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return str(importlib.import_module(name).__version__)
+    except Exception:  # a broken installation can raise anything
+        return None
+
+
+def _text(document: dict[str, Any]) -> str:
+    from torchreg.tables import render
+
+    rows = [[d["device"], d["name"], d["step"], _remark(d)] for d in document["devices"]]
+    compiler = document["compiler"]
+    facts = {
+        **{name: version or "can't be imported" for name, version in document["versions"].items()},
+        "compiler": compiler["path"] or compiler["reason"],
+        "cache": document["cache"],
+        **{name: "not set" if value is None else value for name, value in document["switches"].items()},
+    }
+    return "\n\n".join(
+        [
+            render(["device", "name", "step", "remark"], [[printable(cell) for cell in row] for row in rows], left=4),
+            render(["built with", ""], [[name, printable(value)] for name, value in facts.items()], left=2),
+        ]
+    )
+
+
+def _remark(device: dict[str, Any]) -> str:
+    if device["not_fused"]:
+        return f"not fused: {device['not_fused']}"
+    dtypes = ", ".join(device["dtypes"])
+    start = f" from {device['smallest']} weights" if device["smallest"] else ""
+    return f"{dtypes}{start}; otherwise {device['otherwise']}"
