@@ -187,15 +187,16 @@ def test_a_cache_folder_that_others_write_to_is_not_used(mode, cache):
     cache.chmod(mode)
     assert answer() == 42
     assert list(cache.iterdir()) == []
-    used = toolchain.cache_folder()
-    assert used != cache
-    assert stat.S_IMODE(used.stat().st_mode) == 0o700
+    with pytest.raises(toolchain.Unavailable, match="others can write to it"):
+        toolchain.cache_folder()
+    assert stat.S_IMODE(toolchain._folder().stat().st_mode) == 0o700
 
 
 def test_a_cache_folder_of_another_user_is_not_used(cache, monkeypatch):
     cache.mkdir(mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
-    assert toolchain.cache_folder() != cache
+    with pytest.raises(toolchain.Unavailable, match="another user's"):
+        toolchain.cache_folder()
 
 
 def test_a_library_that_others_could_have_written_is_not_loaded(compiler, runs, cache):

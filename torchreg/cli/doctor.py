@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torchreg.cli.output import print_result, printable
@@ -39,15 +40,18 @@ def diagnosis() -> dict[str, Any]:
     from torchreg.kernels import toolchain
 
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    try:
-        compiler, no_compiler = toolchain.compiler(), None
-    except toolchain.Unavailable as error:
-        compiler, no_compiler = None, str(error)
+
+    def found(path: Callable[[], object]) -> dict[str, str | None]:
+        try:
+            return {"path": str(path()), "reason": None}
+        except toolchain.Unavailable as error:
+            return {"path": None, "reason": str(error)}
+
     return {
         "devices": [_device(device) for device in devices],
         "versions": {name: _version(name) for name in ("torchreg", "torch", "triton")},
-        "compiler": {"path": compiler, "reason": no_compiler},
-        "cache": str(toolchain.cache_folder()),
+        "compiler": found(toolchain.compiler),
+        "cache": found(toolchain.cache_folder),
         "switches": {name: os.environ.get(name) for name in (toolchain.SWITCH, toolchain.CACHE, "CC")},
     }
 
@@ -85,11 +89,9 @@ def _text(document: dict[str, Any]) -> str:
     from torchreg.tables import render
 
     rows = [[d["device"], d["name"], d["step"], _remark(d)] for d in document["devices"]]
-    compiler = document["compiler"]
     facts = {
         **{name: version or "can't be imported" for name, version in document["versions"].items()},
-        "compiler": compiler["path"] or compiler["reason"],
-        "cache": document["cache"],
+        **{name: document[name]["path"] or document[name]["reason"] for name in ("compiler", "cache")},
         **{name: "not set" if value is None else value for name, value in document["switches"].items()},
     }
     return "\n\n".join(

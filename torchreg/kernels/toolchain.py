@@ -43,7 +43,7 @@ def library(name: str, source: str) -> ctypes.CDLL:
     command = compiler()
     stem = f"{name}-{_key(source, command)}"
     try:
-        folder = cache_folder()
+        folder = _folder()
         for path in sorted(folder.glob(f"{stem}-*.so")):
             loaded = _cached(path)
             if loaded is not None:
@@ -67,16 +67,23 @@ def compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """The user's own cache folder, or one that lives as long as the process where that can't be used."""
+    """The user's own cache folder.
+
+    Raises:
+        Unavailable: if it can't be used. Libraries are then built anew in each process.
+    """
     try:
         root = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchreg")
         folder = Path(root).absolute()  # a bare file name would be looked for in the system's library folders
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK) and _private(folder):
-            return folder
-    except (OSError, RuntimeError):  # no home
-        pass
-    return Path(_process_folder().name)
+        private = _private(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home
+        raise Unavailable(f"there is no cache folder: {error}") from None
+    if not private:
+        raise Unavailable(f"{folder} is not used: it is another user's, or others can write to it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Unavailable(f"{folder} can't be written")
+    return folder
 
 
 def _private(path: Path) -> bool:
@@ -130,6 +137,14 @@ def _run(command: list[str]) -> None:
             raise Unavailable(f"{command[0]} took more than {_LONGEST_BUILD:g} s") from None
     if process.returncode != 0:
         raise Unavailable(f"{command[0]} failed: {(message.strip().splitlines() or ['no message'])[0]}")
+
+
+def _folder() -> Path:
+    """Where libraries are built: the cache, or else a folder that lives as long as the process."""
+    try:
+        return cache_folder()
+    except Unavailable:
+        return Path(_process_folder().name)
 
 
 @functools.cache
