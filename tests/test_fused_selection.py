@@ -269,8 +269,16 @@ def test_a_compiled_step_of_large_tensors_is_one_graph():
             compiled(opt)
         eager.step()
     assert counter.frame_count == 2  # the first step, which fills the momentum buffers, and all others
-    assert fused(opt) == set()
     torch.testing.assert_close(snapshot(ours), snapshot(theirs))
+
+
+@needs_kernel
+def test_counts_are_never_those_of_an_earlier_step():
+    torch._dynamo.reset()
+    opt = stepped(weights(LARGE), penalty=L1(0.1))
+    assert opt.step_counts() is not None
+    torch.compile(lambda: opt.step(), backend="eager")()
+    assert opt.step_counts() is None
 
 
 # Forks

@@ -249,6 +249,7 @@ def test_what_changes_between_steps_is_noticed():
         "memory format": lambda opt, group: [_set(p, torch.channels_last) for p in group["params"]],
         "memory format of one": lambda opt, group: _set(group["params"][0], torch.contiguous_format),
         "penalty": lambda opt, group: group.update(penalty=ElasticNet(strength / 2, strength)),
+        "another penalty of this kind": lambda opt, group: group.update(penalty=ElasticNet(0.1, 0.2)),
         "dtype": lambda opt, group: [setattr(p, "data", p.double()) for p in group["params"]],
         "frozen": lambda opt, group: group["params"].pop(),
     }

@@ -49,6 +49,7 @@ def prox_sgd(
     alone: list[selection.Chosen]
     if torch.compiler.is_compiling():  # a compiler fuses by itself
         alone = [(i, None) for i in range(len(parts))]
+        fused.clear()
     else:
         alone = fused.step(parts, wishes, grad_scale, found_inf)
     for i, indices in alone:

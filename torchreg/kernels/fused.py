@@ -36,6 +36,7 @@ class FusedSGD:
         """
         known = self._arrangement
         arrangement = known if known is not None and known.fits(parts, wishes) else Arrangement(parts, wishes)
+        self._arrangement = None  # until all is done
         for i, indices in (chosen for kind in arrangement.kinds.values() for chosen in kind):
             tensors = parts[i][0] if indices is None else parts[i][0].take(indices)
             torch.autograd.graph.increment_version([*tensors.params, *tensors.momentum_buffers])  # may raise

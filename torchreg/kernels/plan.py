@@ -70,6 +70,7 @@ class Plan:
         params = self.params if same else [p for tensors, _ in parts for p in tensors.params]
         n = len(params)
         table = self.table.copy() if same else np.zeros((len(COLUMNS), n), dtype=np.int64)
+        table[COLUMNS.index("l1")] = table[COLUMNS.index("l2")] = 0
         quick = same and self._contiguous
         self._contiguous = True
         self.hypers = np.zeros((len(parts), len(HYPERS)))
