@@ -148,8 +148,7 @@ def test_sizes_around_blocks_and_pieces_agree(hyper, dtype, threads):
 @dtypes
 @one_and_two_threads
 def test_strengths_of_each_coordinate_reach_over_pieces(dtype, threads):
-    (w,) = drawn([(3, PIECE // 2 + 5)], dtype)
-    for strength in (spread(w), spread(w[:1]), spread(w[:, :1])):
+    for strength in map(spread, ((w := drawn([(3, PIECE // 2 + 5)], dtype)[0]), w[:1], w[:, :1])):
         assert_agrees(
             [w, w.clone()], SGDStep(**{**vars(STEP), "penalty": ElasticNet(strength, 0.2)}), steps=2, threads=threads
         )
@@ -337,11 +336,11 @@ def test_counts_are_those_of_brute_force_after_each_step(threads):
 def test_newly_zero_and_revived_add_up_until_they_are_taken():
     (w,) = (nn.Parameter(t) for t in drawn([5000], torch.float32))
     opt = ProxSGD([w], lr=0.1, penalty=L1(0.5), fused=True)
-    changes = torch.zeros(2, dtype=torch.float64)
+    changes = 0
     for step in range(4):
         before = w.detach().clone()
         step_both([opt], step)
-        changes += brute_force(before, w.detach())[1:3]
+        changes = changes + brute_force(before, w.detach())[1:3]
     (row,) = torch.cat(opt.step_counts().take_counts())
     assert torch.equal(row[1:3], changes)
     assert row[0] == (w == 0).sum()

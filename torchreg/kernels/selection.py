@@ -102,7 +102,7 @@ class Arrangement:
         self._signatures = [_signature(step, wish) for (_, step), wish in zip(parts, wishes, strict=True)]
         self._params = [tensors.params for tensors, _ in parts]
         self._fused = [
-            p for (tensors, _), chosen in zip(parts, positions, strict=True) for p in tensors.params if chosen
+            tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen
         ]
         self._memory = _memory(self._fused)
 
