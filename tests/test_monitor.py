@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 import torchreg
 from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer, SparsityMonitor
 from torchreg.monitor import tensorboard as monitor_module
+from torchreg.monitor import transfer
 
 
 class Recorder:
@@ -116,7 +117,7 @@ def test_one_transfer_per_log_and_no_read_between_logs(monkeypatch):
         transfers.append(Reads.count)
         return [t.detach().clone() for t in tensors]
 
-    monkeypatch.setattr(monitor_module, "fetch", counting_fetch)
+    monkeypatch.setattr(transfer, "fetch", counting_fetch)
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Conv1d(8, 3, 1))
     opt = ProxSGD(net.parameters(), lr=0.1, penalty=L1(0.1))
     writer = SummaryWriter.__new__(SummaryWriter)  # its methods are asked for, not called
@@ -129,6 +130,86 @@ def test_one_transfer_per_log_and_no_read_between_logs(monkeypatch):
         assert (transfers, Reads.count) == ([], 0)
         monitor.step(loss=loss)
     assert transfers == [0]
+
+
+def trained(fused, writer, steps=7, monitor=None):
+    """A monitored training whose steps are fused or not; the same numbers either way."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4)).double()
+    reg = Regularizer(net, {"0.weight": L1(0.02), "2.weight": ElasticNet(0.01, 0.02)})
+    reg.strength_scale = 0.5
+    opt = ProxSGD(reg.param_groups(), lr=0.2, momentum=0.9, fused=fused)
+    x, y = torch.randn(64, 40, dtype=torch.float64), torch.randint(0, 4, (64,))
+    with SparsityMonitor(reg, writer, every=2, optimizer=opt) as watching:
+        if monitor:
+            monitor(watching)
+        for _ in range(steps):
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            opt.step()
+            watching.step(loss=loss)
+    return watching
+
+
+def test_a_fused_step_s_own_counts_are_logged(monkeypatch):
+    plain, fused, each = Recorder(), Recorder(), Recorder()
+    report = trained(False, plain).report
+    trained(False, each, monitor=lambda m: setattr(m, "every", 1))
+    monkeypatch.setattr(monitor_module, "counted", lambda w: pytest.fail("a pass over the weights"))
+    monkeypatch.setattr(Regularizer, "forward", lambda self: pytest.fail("a pass over the weights"))
+    counted = trained(True, fused)
+    assert set(fused.scalars) == set(plain.scalars)
+    for tag in set(plain.scalars) - {"zeros/new", "zeros/revived"}:
+        steps, values = zip(*plain.scalars[tag], strict=True)
+        assert fused.scalars[tag] == [(s, pytest.approx(v, rel=1e-9)) for s, v in zip(steps, values, strict=True)], tag
+    for tag in ("zeros/new", "zeros/revived"):  # every step's changes, not those between two logs
+        changes = dict(each.scalars[tag])
+        expected = [sum(changes[s] for s in steps) for steps in ((1, 2), (3, 4), (5, 6), (7,))]
+        assert [value for _, value in fused.scalars[tag]] == expected
+        assert sum(expected) > 0
+    assert counted._were_zero == {}, "no bytes are kept where the step counts"
+    assert counted.report["0.weight"].zeros == report["0.weight"].zeros > 0
+    assert counted.report["0.weight"].l2_norm == pytest.approx(report["0.weight"].l2_norm)
+    assert counted.report["0.weight"].zero_rows is None
+    monkeypatch.undo()
+    assert counted.log()["0.weight"].zero_rows == report["0.weight"].zero_rows
+
+
+def test_what_the_step_did_not_count_is_counted_by_the_monitor():
+    net = nn.Sequential(linear([0.0, 3.0, 0.0, 0.1]), linear([1.0], [0.0]))
+    net[1].weight.requires_grad_(False)
+    opt = ProxSGD([net[0].weight], lr=1.0, penalty=L1(0.2), fused=True)
+    writer = Recorder()
+    with SparsityMonitor(net, writer, every=1, optimizer=opt) as monitor:
+        net[0].weight.grad = torch.zeros(1, 4)
+        opt.step()
+        net[1].weight.zero_()
+        monitor.step()
+    assert writer.scalars["sparsity/0.weight"] == [(1, 0.75)]
+    assert writer.scalars["sparsity/1.weight"] == [(1, 1.0)]
+    assert writer.scalars["zeros/new"] == [(1, 2)]
+
+
+def test_a_log_still_on_its_way_is_written_with_the_next_one_or_when_flushed(monkeypatch):
+    """As on a GPU, where nothing waits for the counts."""
+    plain, late = Recorder(), Recorder()
+    trained(True, plain)
+    seen = []
+
+    class Slow(transfer.Transfer):
+        def __init__(self, tensors, wait):
+            super().__init__(tensors, wait=True)
+            self.arrived = wait
+            seen.append({tag: len(values) for tag, values in late.scalars.items()}.get("sparsity/total", 0))
+
+        def tensors(self):
+            return self._tensors
+
+    monkeypatch.setattr(monitor_module, "Transfer", Slow)
+    trained(True, late)
+    assert seen == [0, 0, 1, 2]
+    assert late.scalars == plain.scalars
 
 
 def test_tensorboards_own_reader_finds_everything(tmp_path):

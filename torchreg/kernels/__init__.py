@@ -14,11 +14,12 @@ from torchreg.kernels import selection
 from torchreg.kernels import tiled as _tiled
 from torchreg.kernels.fused import FusedSGD
 from torchreg.kernels.penalties import added_gradients, gradients, total_value
-from torchreg.kernels.plan import Part
+from torchreg.kernels.plan import COUNTS, Part
 from torchreg.kernels.problem import SGDStep, SGDTensors
 from torchreg.kernels.selection import Wish
 
 __all__ = [
+    "COUNTS",
     "FusedSGD",
     "SGDStep",
     "SGDTensors",

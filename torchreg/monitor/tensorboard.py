@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from torchreg.monitor.counting import counted, named_weights
+from torchreg.monitor.log import STRENGTH_SCALE, Log
 from torchreg.monitor.pictures import Histogram, enlarged, mask_image, nonzero_histogram
-from torchreg.monitor.report import SparsityReport, entry
-from torchreg.monitor.transfer import fetch
+from torchreg.monitor.report import SparsityReport
+from torchreg.monitor.transfer import Transfer
 
 LAYOUT = {
     "torchreg": {
@@ -40,8 +41,13 @@ class SparsityMonitor:
       that takes such steps is given);
     - ``zeros/new`` and ``zeros/revived``: how many weights became zero, and left zero, since the last log.
 
-    A log is one transfer from the device to the host; between logs nothing is read and nothing waits. It keeps one
-    byte per weight on the device, to know which were zero.
+    A log is one transfer from the device to the host; between logs nothing is read and nothing waits. One byte per
+    weight on the device tells which were zero.
+
+    With an ``optimizer`` whose fused step counts the zeros on its way (`ProxSGD`), logs take its counts: no pass over
+    the weights, no bytes kept, and on a GPU no wait either: a log is written with the next one, or by ``flush``.
+    ``zeros/new`` and ``zeros/revived`` then count every change of every step, and reports have no rows and columns,
+    except those of ``log()``. Such an optimizer is for one monitor, which resets its counts.
 
     A writer that fails never stops the training. After an OSError (full disk, closed writer) nothing more is written;
     after another error of one of its methods, that method is called no more. Each is reported once, as a warning.
@@ -52,7 +58,7 @@ class SparsityMonitor:
         writer: any object with ``add_scalar(tag, value, step)``, such as torch's or tensorboardX's SummaryWriter. The
             monitor flushes it when it is closed; closing it is its owner's task.
         every: steps between logs.
-        optimizer: the optimizer whose proximal steps' thresholds are logged.
+        optimizer: the optimizer whose proximal steps' thresholds are logged, and whose counts are used.
         histograms: also log histograms of the non-zero weights (``weights/<parameter>``).
         images: also log images of the masks (``mask/<parameter>``): white where weights are, black for zeros.
         custom_scalars: also write a layout for TensorBoard's Custom Scalars page. TensorBoard keeps only the last
@@ -102,6 +108,7 @@ class SparsityMonitor:
         self._logged_at = -1
         self._loss: Tensor | float | None = None
         self._stopped: set[str] = set()
+        self._pending: tuple[Log, Transfer] | None = None
         weights = list(named_weights(self.source))
         if not weights:
             raise TypeError("There is no floating point parameter to watch.")
@@ -123,38 +130,73 @@ class SparsityMonitor:
         self.steps += 1
         self._loss = loss.detach() if isinstance(loss, Tensor) else loss
         if self.steps % self.every == 0:
-            self.log()
+            self._begin(quick=True)
 
-    @torch.no_grad()
     def log(self) -> SparsityReport:
         """Log now, and return the counts (they are also kept as ``monitor.report``)."""
-        weights = list(named_weights(self.source))
-        changes, were_zero = self._changes(weights)
-        scalars = dict(self._scalars())
-        pending = [counted(w) for _, w in weights]
-        pending += [changes, *(_tensor(value) for value in scalars.values())]
-        pending += [nonzero_histogram(w) for _, w in weights] if self.histograms else []
-        drawn = [(name, w) for name, w in weights if w.ndim >= 2 and w.numel()] if self.images else []
-        pending += [mask_image(w) for _, w in drawn]
-        fetched = iter(fetch(pending))
+        self._begin(quick=False)
+        self.flush()
+        assert self.report is not None
+        return self.report
 
-        report = SparsityReport(tuple(entry(name, tuple(w.shape), next(fetched).tolist()) for name, w in weights))
-        new, revived = next(fetched).tolist()
-        self._were_zero = were_zero
-        self.report, self._logged_at = report, self.steps
-        self._scalar("sparsity/total", report.fraction)
-        for tensor in report.tensors:
-            self._scalar(f"sparsity/{tensor.name}", tensor.fraction)
-        self._scalar("zeros/new", new)
-        self._scalar("zeros/revived", revived)
-        for tag in scalars:
-            self._scalar(tag, float(next(fetched)))
-        if self.histograms:
-            for name, _ in weights:
-                self._histogram(f"weights/{name}", Histogram.from_vector(next(fetched)))
-        for name, _ in drawn:
-            self._write("add_image", f"mask/{name}", enlarged(next(fetched)), self.steps, dataformats="HW")
-        return report
+    def flush(self) -> None:
+        """Write the log that is on its way from the device, if there is one, and flush the writer."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._finish(*pending)
+        if hasattr(self.writer, "flush"):
+            self._write("flush")
+
+    @torch.no_grad()
+    def _begin(self, quick: bool) -> None:
+        """Ask for all that a log needs, and write it when it has arrived: at once, or with the next log.
+
+        Args:
+            quick: take what the optimizer's step has counted instead of counting again.
+        """
+        log = Log(self.steps)
+        weights = list(named_weights(self.source))
+        positions = self._ask_counts(log)
+        log.positions = {name: positions[id(w)] for name, w in weights if id(w) in positions}
+        log.shapes = {name: tuple(w.shape) for name, w in weights}
+        for name, w in weights:
+            if not quick or name not in log.positions:
+                log.ask("weight", name, counted(w))
+        changes = self._changes([(name, w) for name, w in weights if name not in log.positions])
+        log.ask("changes", "", changes)
+        for tag, value in self._scalars(log if quick else None):
+            log.ask("scalar", tag, _tensor(value))
+        for name, w in weights:
+            if self.histograms:
+                log.ask("histogram", name, nonzero_histogram(w))
+            if self.images and w.ndim >= 2 and w.numel():
+                log.ask("mask", name, mask_image(w))
+        self._logged_at = self.steps
+        transfer = Transfer(list(log.asked.values()), wait=not log.positions)
+        if self._pending is not None:
+            self._finish(*self._pending)
+        self._pending = log, transfer
+        if transfer.arrived:
+            self._pending = None
+            self._finish(log, transfer)
+
+    def _finish(self, log: Log, transfer: Transfer) -> None:
+        log.take(transfer.tensors())
+        self.report = log.report()
+        self._scalar(log, "sparsity/total", self.report.fraction)
+        for tensor in self.report.tensors:
+            self._scalar(log, f"sparsity/{tensor.name}", tensor.fraction)
+        new, revived = log.changes()
+        self._scalar(log, "zeros/new", new)
+        self._scalar(log, "zeros/revived", revived)
+        for tag, value in log.received("scalar"):
+            self._scalar(log, tag, float(value))
+        if log.penalties:
+            self._scalar(log, "loss/penalty", log.penalty())
+        for name, vector in log.received("histogram"):
+            self._histogram(log, f"weights/{name}", Histogram.from_vector(vector))
+        for name, picture in log.received("mask"):
+            self._write("add_image", f"mask/{name}", enlarged(picture), log.step, dataformats="HW")
 
     def hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Write a row of TensorBoard's HParams page into this very run (torch's default makes a run of its own).
@@ -180,9 +222,8 @@ class SparsityMonitor:
     def close(self) -> None:
         """Log the last steps if they are not logged yet, and flush the writer."""
         if self.steps > self._logged_at and self.steps > 0:
-            self.log()
-        if hasattr(self.writer, "flush"):
-            self._write("flush")
+            self._begin(quick=True)
+        self.flush()
 
     def __enter__(self) -> SparsityMonitor:
         return self
@@ -200,39 +241,53 @@ class SparsityMonitor:
         self.steps = self._logged_at = int(state["steps"])
         self._were_zero = {name: w.detach() == 0 for name, w in named_weights(self.source)}
 
-    def _changes(self, weights: list[tuple[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(newly zero, revived) as a tensor on the first weight's device, and which weights are zero now."""
-        new, revived = [], []
-        are_zero = {}
-        for name, w in weights:
-            now = are_zero[name] = w == 0
-            before = self._were_zero.get(name, now)
-            if before.shape != now.shape or before.device != now.device:
-                before = now
-            new.append((now & ~before).sum())
-            revived.append((before & ~now).sum())
-        device = new[0].device
-        totals = [torch.stack([count.to(device) for count in counts]).sum() for counts in (new, revived)]
-        return torch.stack(totals), are_zero
+    def _ask_counts(self, log: Log) -> dict[int, int]:
+        """Ask for what the optimizer's last step counted, if it did; the row of each parameter's id."""
+        counts = getattr(self.optimizer, "step_counts", _nothing)()
+        if counts is None:
+            return {}
+        for i, rows in enumerate(counts.take_counts()):
+            log.ask("counts", str(i), rows)
+        return {id(p): row for row, p in enumerate(counts.counted())}
 
-    def _scalars(self) -> Iterator[tuple[str, Tensor | float]]:
+    def _changes(self, weights: list[tuple[str, Tensor]]) -> Tensor:
+        """(newly zero, revived) since the last log, as a tensor on the first weight's device."""
+        before, self._were_zero = self._were_zero, {name: w == 0 for name, w in weights}
+        new, revived = [], []
+        for name, now in self._were_zero.items():
+            was = before.get(name, now)
+            if was.shape != now.shape or was.device != now.device:
+                was = now
+            new.append((now & ~was).sum())
+            revived.append((was & ~now).sum())
+        device = new[0].device if new else torch.device("cpu")
+        totals = [
+            sum((count.to(device) for count in counts), torch.zeros((), device=device)) for counts in (new, revived)
+        ]
+        return torch.stack(totals)
+
+    def _scalars(self, log: Log | None) -> Iterator[tuple[str, Tensor | float]]:
         if self._loss is not None:
             yield "loss/data", self._loss
         if hasattr(self.source, "penalized"):
-            yield "loss/penalty", self.source()
+            if log is not None and log.can_sum(list(self.source.penalized())):
+                yield STRENGTH_SCALE, self.source.strength_scale
+            else:
+                yield "loss/penalty", self.source()
         effective_step = getattr(self.optimizer, "effective_step", None)
         if effective_step is not None:
             for i, group in enumerate(self.optimizer.param_groups):
                 if group["penalty"] is not None:
                     yield f"threshold/group{i}", group["penalty"].threshold(effective_step(group))
 
-    def _scalar(self, tag: str, value: float) -> None:
-        self._write("add_scalar", tag, value, self.steps)
+    def _scalar(self, log: Log, tag: str, value: float) -> None:
+        if tag != STRENGTH_SCALE:
+            self._write("add_scalar", tag, value, log.step)
 
-    def _histogram(self, tag: str, h: Histogram | None) -> None:
+    def _histogram(self, log: Log, tag: str, h: Histogram | None) -> None:
         if h is not None:
             moments = (h.least, h.greatest, h.count, h.total, h.total_squares)
-            self._write("add_histogram_raw", tag, *moments, h.limits, h.counts, self.steps)
+            self._write("add_histogram_raw", tag, *moments, h.limits, h.counts, log.step)
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
         if self._stopped & {method, EVERYTHING}:
@@ -249,6 +304,10 @@ class SparsityMonitor:
                 RuntimeWarning,
                 stacklevel=_callers_level(),
             )
+
+
+def _nothing() -> None:
+    return None
 
 
 def _callers_level() -> int:

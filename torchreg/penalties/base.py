@@ -181,6 +181,10 @@ class Penalty(ABC):
     def threshold(self, step: float | Tensor) -> float | Tensor:
         """The modulus up to which ``prox(w, step)`` gives zero: the largest where strengths differ, 0 if never."""
 
+    def value_of_sums(self, moduli: float, squares: float) -> float | None:
+        """R from Σ|w| and Σ|w|² alone, or None where they do not tell it, or it would stall a device."""
+        return None
+
     @torch.no_grad()
     def prox_(self, w: Tensor, step: Step = 1.0) -> Tensor:
         """Overwrite ``w`` with ``prox(w, step)`` and return it. Not recorded by autograd."""

@@ -58,6 +58,10 @@ class _Shrinkage(Penalty):
             return None
         return l1 * step, 1 + 2 * l2 * step
 
+    def value_of_sums(self, moduli: float, squares: float) -> float | None:
+        l1, l2 = (host_scalar(part) for part in self.parts())
+        return None if isinstance(l1, Tensor) or isinstance(l2, Tensor) else l1 * moduli + l2 * squares
+
     def _prepared(self, w: Tensor) -> tuple[Tensor, float | Tensor, float | Tensor]:
         """The weight in computing precision, and l1 and l2 ready to compute with it."""
         x = arithmetic(checked_weight(w))
