@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,6 +176,30 @@ def test_rounding_is_per_element_and_has_no_pattern(case, dtype):
     ups = (p == 1).double() - 0.5
     for lag in (1, 2, 64, 1 << 13):
         assert abs((ups[lag:] * ups[:-lag]).mean()) < 0.25 * 6 / math.sqrt(len(ups) - lag)
+
+
+THOUSAND_STEPS = """
+import hashlib
+import torch
+from torchreg import L1, ProxSGD
+
+torch.set_num_threads(1)
+w = torch.nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
+w.grad = torch.zeros_like(w)
+opt = ProxSGD([w], lr=0.01, penalty=L1(0.01))
+for _ in range(1000):
+    opt.step()
+print(w.double().mean().item(), hashlib.sha256(w.detach().view(torch.int16).numpy().tobytes()).hexdigest())
+"""
+
+
+def test_a_thousand_tiny_shrinkages_add_up_alike_in_two_processes():
+    """Each is a fortieth of what moves a bfloat16 weight of 1 under nearest rounding."""
+    command = [sys.executable, "-c", THOUSAND_STEPS]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    (mean, bits), (_, other_bits) = (process.communicate()[0].split() for process in running)
+    assert float(mean) == pytest.approx(0.9, abs=0.001)
+    assert bits == other_bits
 
 
 def test_only_penalised_half_precision_weights_are_counted():

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from optimizer_cases import (
+    FORMS,
     OPTIMIZERS,
     forms,
     forms_and_dtypes,
@@ -23,6 +24,7 @@ from torch import nn
 
 import torchreg
 from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer, kernels
+from torchreg.penalties import base as penalties_base
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 
@@ -505,3 +507,23 @@ def test_a_negative_or_nan_learning_rate_is_refused_beside_a_penalty():
 def test_implementations_that_do_not_exist_are_refused(kwargs):
     with pytest.raises(RuntimeError, match=r"fused|foreach"):
         ProxSGD([scalar(1.0)], **kwargs)
+
+
+class HalfShrunk(L1):
+    """A user's own penalty, made from a known one."""
+
+    def prox(self, w, step=1.0):
+        return w / 2
+
+    prox_ = penalties_base.Penalty.prox_
+
+
+@pytest.mark.parametrize("form", [form for name, form in FORMS.items() if name != "fused"], ids=str)
+@pytest.mark.parametrize("size", [3, 1 << 17])
+def test_a_subclass_with_its_own_prox_is_taken_at_its_word(form, size):
+    p = nn.Parameter(torch.ones(size))
+    p.grad = torch.zeros_like(p)
+    ProxSGD([p], lr=0.1, penalty=HalfShrunk(0.1), **form).step()
+    assert (p == 0.5).all()
+    with pytest.raises(RuntimeError, match="HalfShrunk"):
+        ProxSGD([p], lr=0.1, penalty=HalfShrunk(0.1), fused=True)

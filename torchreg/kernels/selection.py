@@ -13,7 +13,7 @@ from torchreg.kernels import native, triton_sgd
 from torchreg.kernels.plan import Part
 from torchreg.kernels.problem import SGDStep
 from torchreg.penalties import Penalty
-from torchreg.penalties.separable import _Shrinkage
+from torchreg.penalties.separable import is_shrinkage
 
 Wish = tuple[bool | None, bool | None]
 """What a param group says of (fused, foreach)."""
@@ -45,7 +45,7 @@ def obstacle(p: Tensor, penalty: Penalty | None) -> str | None:
     if p.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"its dtype is {p.dtype}; on {p.device.type} there is a fused step for {names}"
-    if penalty is not None and not isinstance(penalty, _Shrinkage):
+    if penalty is not None and not is_shrinkage(penalty):
         return f"the penalty {penalty.type_name} has no fused form"
     return None
 

@@ -133,6 +133,13 @@ class _Shrinkage(Penalty):
         return g.max() if g.numel() else g.new_zeros(())
 
 
+def is_shrinkage(penalty: Penalty | None) -> bool:
+    """Whether its proximal operator is soft-thresholding and division, as kernels compute them: no subclass's own."""
+    if not isinstance(penalty, _Shrinkage):
+        return False
+    return type(penalty).prox is _Shrinkage.prox and type(penalty).prox_ is _Shrinkage.prox_
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class L1(_Shrinkage):
     """The lasso penalty.
