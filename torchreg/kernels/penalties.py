@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import arithmetic
-from torchreg.penalties.separable import _Shrinkage
+from torchreg.penalties.separable import _Shrinkage, is_shrinkage
 
 
 def total_value(penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> Tensor:
@@ -37,8 +37,9 @@ def added_gradients(
 
 def shrinkage(penalty: Penalty | None, step: float | Tensor) -> tuple[float, float] | None:
     """The (threshold, divisor) of a penalty whose prox is a shrinkage by plain numbers, else None."""
-    if not isinstance(penalty, _Shrinkage) or isinstance(step, Tensor):
+    if not is_shrinkage(penalty) or isinstance(step, Tensor):
         return None
+    assert isinstance(penalty, _Shrinkage)
     return penalty.shrinkage(step)
 
 
