@@ -67,15 +67,15 @@ FORMS: dict[str, dict[str, Any]] = {
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
-def forms_and_dtypes(dtypes: list[torch.dtype]) -> Any:
-    """Every form with every dtype that it computes in, on the CPU."""
+def forms_and_dtypes(dtypes: list[torch.dtype], fused: tuple[torch.dtype, ...] = native.DTYPES) -> Any:
+    """Every form with every dtype that it computes in; ``fused`` are those of the device's fused step."""
     return pytest.mark.parametrize(
         ("form", "dtype"),
         [
             pytest.param(form, dtype, id=f"{name}-{dtype}")
             for name, form in FORMS.items()
             for dtype in dtypes
-            if name != "fused" or dtype in native.DTYPES
+            if name != "fused" or dtype in fused
         ],
     )
 

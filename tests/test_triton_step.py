@@ -179,11 +179,13 @@ def test_tables_are_sent_only_when_they_have_changed():
     plan = launch([(tensors, a_step(L1(0.3), momentum=0.9))])
     sent = {name: tensor for name, (_, tensor) in plan.uploads.items()}
     tensors.first = [False] * 3
-    launch([(tensors, a_step(L1(0.3), momentum=0.9, lr=0.05))], plan)  # the flags and the learning rate have changed
+    launch([(tensors, a_step(L1(0.3), momentum=0.9, lr=0.05))], plan)
+    tensors.grads[1] = tensors.grads[1].clone()
     launch([(tensors, a_step(L1(0.3), momentum=0.9, lr=0.05))], plan)
     again = {name: tensor for name, (_, tensor) in plan.uploads.items()}
     assert again["pieces"] is sent["pieces"]
     assert again["table"] is not sent["table"]
+    assert again["hypers"] is not sent["hypers"]
     launch([(tensors, a_step(L1(0.3), momentum=0.9, lr=0.05))], plan)
     assert all(plan.uploads[name][1] is tensor for name, tensor in again.items())
 

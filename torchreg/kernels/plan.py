@@ -56,7 +56,7 @@ class Plan:
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
         self._contiguous = False
         self._owners: Tensor | None = None
-        self._held: list[Tensor] = []
+        self._rooms: dict[tuple[int, str], Tensor] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def update(self, parts: Sequence[Part], same: bool = False) -> None:
@@ -66,7 +66,7 @@ class Plan:
             parts: the tensors of each param group that are of this plan's device and dtype.
             same: whether the parameters and their memory are those of the last update.
         """
-        self._held, self._copies, self.traced, self.seeds = [], [], [], []
+        self._copies, self.traced, self.seeds = [], [], []
         params = self.params if same else [p for tensors, _ in parts for p in tensors.params]
         n = len(params)
         table = self.table.copy() if same else np.zeros((len(COLUMNS), n), dtype=np.int64)
@@ -82,7 +82,8 @@ class Plan:
             self._hyperparameters(row, step)
             self._strength_addresses(table[:, here], tensors.params, step)
             table[COLUMNS.index("group"), here] = row
-            table[COLUMNS.index("first"), here] = tensors.first or 0
+            damped = step.dampening != 0  # else a fresh buffer, all zeros, needs no care, and the table stays as it is
+            table[COLUMNS.index("first"), here] = tensors.first if damped and tensors.first else 0
             if tensors.seeds:
                 self.seeds += [0] * (start - len(self.seeds)) + tensors.seeds
             start = here.stop
@@ -105,7 +106,7 @@ class Plan:
         """After the step: write back what was worked on in a copy, and tell autograd what was overwritten."""
         for original, copy in self._copies:
             original.copy_(copy)
-        self._held, self._copies = [], []
+        self._copies = []
 
     def _cut(self, sizes: Any) -> None:
         per_tensor = -(-sizes // self.piece_size)
@@ -133,25 +134,33 @@ class Plan:
         for i, p in enumerate(tensors.params):
             g = tensors.grads[i]
             m = tensors.momentum_buffers[i] if tensors.momentum_buffers else None
-            w = p if p.is_contiguous() or is_dense(p) else self._copied(p)
+            w = p if p.is_contiguous() or is_dense(p) else self._copied(p, "w", p)
             stride = w.stride()
             self._contiguous &= p.is_contiguous()
             if g.stride() != stride or g.dtype != self.dtype or g.is_neg():  # a view that is negated when it is read
-                g = torch.empty_like(w).copy_(g)
-                self._held.append(g)
+                g = self._room(p, "g", w).copy_(g)
             if m is not None and (m.stride() != stride or m.dtype != self.dtype):
-                m = self._copied(m, w)
+                m = self._copied(p, "m", m, w)
             weights.append(w.data_ptr())
             grads.append(g.data_ptr())
             buffers.append(0 if m is None else m.data_ptr())
         table[0], table[1], table[2] = weights, grads, buffers
         table[3] = [p.numel() for p in tensors.params]
 
-    def _copied(self, original: Tensor, like: Tensor | None = None) -> Tensor:
+    def _copied(self, p: Tensor, role: str, original: Tensor, like: Tensor | None = None) -> Tensor:
         original = original.detach()
-        copy = original.contiguous() if like is None else torch.empty_like(like).copy_(original)
-        self._copies.append((original, copy))
-        return copy
+        room = self._room(p, role, like)
+        self._copies.append((original, room))
+        return room.copy_(original)
+
+    def _room(self, p: Tensor, role: str, like: Tensor | None) -> Tensor:
+        """Memory for a copy, at the same address in every step: a captured graph works there too."""
+        if like is None:
+            like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        room = self._rooms.get((id(p), role))
+        if room is None or room.shape != like.shape or room.stride() != like.stride():
+            room = self._rooms[id(p), role] = torch.empty_like(like, device=self.device, requires_grad=False)
+        return room
 
     def _hyperparameters(self, row: int, step: SGDStep) -> None:
         l1, l2 = step.penalty.parts() if isinstance(step.penalty, _Shrinkage) else (0.0, 0.0)

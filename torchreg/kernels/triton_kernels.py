@@ -134,7 +134,7 @@ def _update(
     return old, stored.to(COMPUTE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "count"])  # else other numbers of tensors would compile it anew
 def prox_sgd(
     table,
     tensors,

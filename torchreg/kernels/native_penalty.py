@@ -1,0 +1,82 @@
+"""A penalty's value and gradients on the CPU, compiled from C: one pass over the memory of all weights."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchreg.kernels import toolchain
+from torchreg.kernels.native import _in_parts
+from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable, cut
+
+PIECE_SIZE = 1 << 18
+DTYPES = (torch.float32, torch.float64)
+
+_THREADED = 1 << 18  # elements: below, starting threads costs more than they save
+_STREAMED = 1 << 23  # bytes of results: above, little of them would be found in the cache again
+_SOURCE = Path(__file__).with_name("penalty.c")
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*ROWS, *STRENGTHS)),
+        ("owner", ctypes.c_void_p),
+        ("start", ctypes.c_void_p),
+        ("piece_size", ctypes.c_int64),
+        ("factor", ctypes.c_double),
+        ("partials", ctypes.c_void_p),
+        ("streams", ctypes.c_int64),
+    ]
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why there is no compiled kernel on this machine, or None. Builds it, once."""
+    try:
+        _library()
+    except toolchain.Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def value(table: PenaltyTable) -> float:
+    """Σ l1·Σ|w| + l2·Σw² over all tensors, summed in float64; the number of threads does not change it."""
+    pieces = cut(table.sizes, PIECE_SIZE)
+    partials = np.zeros(pieces.shape[1])
+    _run("value", table, pieces, partials=partials.ctypes.data)
+    return float(partials.sum())
+
+
+def gradient(table: PenaltyTable, factor: float) -> None:
+    """Write ``factor·(l1·sign(w) + 2·l2·w)``, and the gradient where there is one added, into every ``out``."""
+    streams = sum(table.sizes) * table.dtype.itemsize > _STREAMED
+    _run("gradient", table, cut(table.sizes, PIECE_SIZE), factor=factor, streams=streams)
+
+
+def _run(name: str, table: PenaltyTable, pieces: Any, **fields: float) -> None:
+    if not pieces.shape[1]:
+        return
+    function = getattr(_library(), f"{name}_{str(table.dtype).removeprefix('torch.')}")
+    rows = (*table.table, *table.strengths, *pieces)
+    view = _Table(*(row.ctypes.data for row in rows), PIECE_SIZE, **fields)
+    _in_parts(function, ctypes.byref(view), _cuts(table.sizes, pieces))
+
+
+def _cuts(sizes: tuple[int, ...], pieces: Any) -> list[int]:
+    """Where the pieces are divided among threads: as many as torch uses where there is enough to do."""
+    count, threads = pieces.shape[1], torch.get_num_threads()
+    if threads == 1 or sum(sizes) < _THREADED:
+        return [0, count]
+    owner, start = pieces
+    ends = np.cumsum(np.minimum(np.array(sizes)[owner] - start, PIECE_SIZE))
+    shares = np.linspace(0, ends[-1], threads + 1)[1:-1]
+    return sorted({0, *(int(at) for at in np.searchsorted(ends, shares)), count})
+
+
+def _library() -> ctypes.CDLL:
+    return toolchain.library("penalty", _SOURCE.read_text(encoding="utf-8"))

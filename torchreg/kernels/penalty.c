@@ -1,0 +1,187 @@
+/* The value of Σ l1·Σ|w| + l2·Σw² over many tensors, and its gradient, each in one pass over memory.
+
+   It must agree with the penalties' own value and grad, which are the specification. Compiled without -ffast-math: NaN
+   and inf stay what they are, and the sign of NaN is 0, as torch.sgn has it. The file includes itself, once for each
+   type T. */
+
+#ifndef T
+
+#include <stdint.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+enum {
+    BLOCK = 256, /* elements */
+    LANES = 32,
+    LINE = 64,   /* bytes */
+    AHEAD = 8192 /* bytes: the processor's own prefetching ends at the page, and most of a pass would be waiting */
+};
+
+typedef struct {
+    const int64_t *w, *g, *out, *size; /* per tensor: addresses and elements; g may be 0 */
+    const double *l1, *l2;             /* per tensor */
+    const int64_t *owner, *start;      /* per piece: its tensor and first element */
+    int64_t piece_size;
+    double factor;
+    double *partials; /* per piece, of the value */
+    int64_t streams;  /* whether the results are too large to be found in the cache again */
+} Table;
+
+static inline void fetch(const void *address, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += LINE)
+        __builtin_prefetch((const char *)address + AHEAD + i);
+}
+
+/* Write around the cache, which spares reading what is overwritten. */
+static inline void stream(void *to, const void *from, int64_t bytes)
+{
+#ifdef __SSE2__
+    for (int64_t i = 0; i < bytes; i += 16)
+        _mm_stream_si128((__m128i *)((char *)to + i), _mm_load_si128((const __m128i *)((const char *)from + i)));
+#else
+    __builtin_memcpy(to, from, (size_t)bytes);
+#endif
+}
+
+#define T float
+#define NAME(x) x##_float32
+#include __FILE__
+#undef T
+#undef NAME
+#define T double
+#define NAME(x) x##_float64
+#include __FILE__
+
+#else
+
+/* The flags are constants where these are called, so that each call becomes a loop without branches. */
+static inline __attribute__((always_inline)) void NAME(sums)(
+    const T *w, int64_t n, double *total, double *squares, const int absolute, const int squared)
+{
+    double lane[LANES] = {0}, square[LANES] = {0};
+    int64_t i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) {
+        fetch(w + i, BLOCK * sizeof(T));
+        for (int b = 0; b < BLOCK; b += LANES)
+            for (int j = 0; j < LANES; j++) {
+                const double x = w[i + b + j];
+                if (absolute)
+                    lane[j] += x < 0 ? -x : x;
+                if (squared)
+                    square[j] += x * x;
+            }
+    }
+    for (; i < n; i++) {
+        const double x = w[i];
+        lane[0] += x < 0 ? -x : x;
+        square[0] += x * x;
+    }
+    for (int j = 0; j < LANES; j++) {
+        *total += lane[j];
+        *squares += square[j];
+    }
+}
+
+static double NAME(piece_value)(const T *w, int64_t n, double l1, double l2)
+{
+    double total = 0, squares = 0;
+    if (l1 != 0 && l2 != 0)
+        NAME(sums)(w, n, &total, &squares, 1, 1);
+    else if (l1 != 0)
+        NAME(sums)(w, n, &total, &squares, 1, 0);
+    else if (l2 != 0)
+        NAME(sums)(w, n, &total, &squares, 0, 1);
+    return (l1 != 0 ? l1 * total : 0) + (l2 != 0 ? l2 * squares : 0); /* 0 * inf is NaN */
+}
+
+static inline __attribute__((always_inline)) void NAME(block)(
+    T *restrict out, const T *restrict w, const T *restrict g, int64_t n, T l1, T doubled_l2, T factor,
+    const int absolute, const int squared, const int added)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const T x = w[i];
+        T slope = absolute ? (x > 0 ? l1 : 0) - (x < 0 ? l1 : 0) : 0;
+        if (squared)
+            slope = absolute ? slope + doubled_l2 * x : doubled_l2 * x;
+        slope = slope * factor;
+        out[i] = added ? slope + g[i] : slope;
+    }
+}
+
+static inline __attribute__((always_inline)) void NAME(blocks)(
+    T *restrict out, const T *w, const T *g, int64_t n, T l1, T doubled_l2, T factor, int streams, const int absolute,
+    const int squared, const int added)
+{
+    T buffer[BLOCK] __attribute__((aligned(LINE)));
+    int64_t i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) {
+        fetch(w + i, BLOCK * sizeof(T));
+        if (added)
+            fetch(g + i, BLOCK * sizeof(T));
+        const T *gi = added ? g + i : 0;
+        if (streams) {
+            NAME(block)(buffer, w + i, gi, BLOCK, l1, doubled_l2, factor, absolute, squared, added);
+            stream(out + i, buffer, BLOCK * sizeof(T));
+        } else
+            NAME(block)(out + i, w + i, gi, BLOCK, l1, doubled_l2, factor, absolute, squared, added);
+    }
+    NAME(block)(out + i, w + i, added ? g + i : 0, n - i, l1, doubled_l2, factor, absolute, squared, added);
+#ifdef __SSE2__
+    if (streams)
+        _mm_sfence();
+#endif
+}
+
+static void NAME(piece_gradient)(
+    T *out, const T *w, const T *g, int64_t n, T l1, T doubled_l2, T factor, int streams)
+{
+#define BLOCKS(absolute, squared, added) \
+    NAME(blocks)(out, w, g, n, l1, doubled_l2, factor, streams, absolute, squared, added)
+    if (g && l1 != 0 && doubled_l2 != 0)
+        BLOCKS(1, 1, 1);
+    else if (g && l1 != 0)
+        BLOCKS(1, 0, 1);
+    else if (g)
+        BLOCKS(0, 1, 1);
+    else if (l1 != 0 && doubled_l2 != 0)
+        BLOCKS(1, 1, 0);
+    else if (l1 != 0)
+        BLOCKS(1, 0, 0);
+    else
+        BLOCKS(0, 1, 0);
+#undef BLOCKS
+}
+
+static int64_t NAME(length)(const Table *table, int64_t piece)
+{
+    const int64_t left = table->size[table->owner[piece]] - table->start[piece];
+    return left < table->piece_size ? left : table->piece_size;
+}
+
+void NAME(value)(const Table *table, int64_t from, int64_t to)
+{
+    for (int64_t i = from; i < to; i++) {
+        const int64_t tensor = table->owner[i];
+        const T *w = (const T *)table->w[tensor] + table->start[i];
+        table->partials[i] = NAME(piece_value)(w, NAME(length)(table, i), table->l1[tensor], table->l2[tensor]);
+    }
+}
+
+void NAME(gradient)(const Table *table, int64_t from, int64_t to)
+{
+    for (int64_t i = from; i < to; i++) {
+        const int64_t tensor = table->owner[i], start = table->start[i];
+        T *out = (T *)table->out[tensor] + start;
+        const T *w = (const T *)table->w[tensor] + start;
+        const T *g = table->g[tensor] ? (const T *)table->g[tensor] + start : 0;
+        const int streams = table->streams && (intptr_t)out % 16 == 0;
+        NAME(piece_gradient)(
+            out, w, g, NAME(length)(table, i), (T)table->l1[tensor], (T)(2 * table->l2[tensor]), (T)table->factor,
+            streams);
+    }
+}
+
+#endif

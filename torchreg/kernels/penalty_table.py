@@ -1,0 +1,64 @@
+"""The table that one pass over many weights works from: the penalty's value, or its gradient at all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROWS = ("w", "g", "out", "size")
+"""int64, per tensor: addresses (0: none) and elements."""
+
+STRENGTHS = ("l1", "l2")
+"""float64, per tensor: R(w) = l1·Σ|w| + l2·Σw²."""
+
+
+@dataclass
+class PenaltyTable:
+    """Weights of one device and dtype, contiguous or dense, with what is read and written beside them.
+
+    Attributes:
+        table: int64, a row for each of `ROWS`, a column per tensor.
+        strengths: float64, a row for each of `STRENGTHS`, a column per tensor.
+        sizes: the elements of every tensor.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    table: Any
+    strengths: Any
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        weights: Sequence[Tensor],
+        strengths: Sequence[tuple[float, float]],
+        grads: Sequence[Tensor] = (),
+        outs: Sequence[Tensor] = (),
+    ) -> PenaltyTable:
+        """The table of these tensors, which must outlive it. All are laid out alike, each like its weight."""
+        sizes = tuple(map(Tensor.numel, weights))
+        table = np.zeros((len(ROWS), len(weights)), dtype=np.int64)
+        for row, tensors in enumerate((weights, grads, outs)):
+            if tensors:
+                table[row] = list(map(Tensor.data_ptr, tensors))
+        table[ROWS.index("size")] = sizes
+        numbers = np.array(strengths, dtype=np.float64).reshape(-1, len(STRENGTHS)).T.copy()
+        return cls(weights[0].device, weights[0].dtype, table, numbers, sizes)
+
+
+@functools.lru_cache(maxsize=32)
+def cut(sizes: tuple[int, ...], piece_size: int) -> Any:
+    """The tensor and the first element of every piece of at most ``piece_size`` elements: int64, two rows."""
+    per_tensor = -(-np.array(sizes, dtype=np.int64) // piece_size)
+    owner = np.repeat(np.arange(len(sizes)), per_tensor)
+    position = np.arange(len(owner)) - np.repeat(np.cumsum(per_tensor) - per_tensor, per_tensor)
+    pieces = np.stack([owner, position * piece_size]).astype(np.int64)
+    pieces.setflags(write=False)
+    return pieces
