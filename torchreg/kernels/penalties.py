@@ -1,38 +1,65 @@
-"""Values and gradients of penalties over many weights: what the loss term and the optimizer hook compute."""
+"""Values and gradients of penalties over many weights: what the loss term and the optimizer hook compute.
+
+Large sets of plain weights are passed over once, by compiled kernels; the penalty's own ``value`` and ``grad``, tensor
+after tensor, are the specification and do all the rest. The choice between them is made here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from torchreg.kernels import native_penalty, selection, triton_penalty
+from torchreg.kernels.penalty_table import PenaltyTable
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import arithmetic
+from torchreg.penalties.base import arithmetic, host_scalar
 from torchreg.penalties.separable import _Shrinkage, is_shrinkage
+from torchreg.penalties.tiles import is_dense
+
+Numbers = tuple[float, float]
+"""The strengths (l1, l2) of a penalty that kernels know."""
+
+Fused = dict[tuple[torch.device, torch.dtype], list[int]]
+"""For each device and dtype, the positions of the weights that one pass takes."""
 
 
 def total_value(penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> Tensor:
     """Σ R(w) over all weights, a real 0-d tensor on the device of the first."""
-    total = penalties[0].value(weights[0])
-    for penalty, w in zip(penalties[1:], weights[1:], strict=True):
-        total = total + penalty.value(w).to(device=total.device)
+    numbers = _all_numbers(penalties)
+    fused, alone = _arranged(numbers, weights)
+    values = [penalties[i].value(weights[i]) for i in alone]
+    for (device, dtype), chosen in fused.items():
+        table = PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
+        if device.type == "cpu":
+            values.append(torch.tensor(native_penalty.value(table), dtype=dtype, device=device))
+        else:
+            values.append(triton_penalty.value(table))
+    total = values[0].to(device=weights[0].device)
+    for value in values[1:]:
+        total = total + value.to(device=total.device)
     return total
 
 
 def gradients(penalties: Sequence[Penalty], weights: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
     """``factor·∇R(w)`` for every weight. Differentiable where autograd records."""
-    return [_gradient(penalty, w, factor).to(w.dtype) for penalty, w in zip(penalties, weights, strict=True)]
+
+    def eager(i: int) -> Tensor:
+        return _gradient(penalties[i], weights[i], factor).to(weights[i].dtype)
+
+    return _each(penalties, weights, (), factor, eager)
 
 
 def added_gradients(
     penalties: Sequence[Penalty], weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float | Tensor
 ) -> list[Tensor]:
     """``grad + factor·∇R(w)`` for every weight, as new tensors; half-precision ones are added in float32."""
-    return [
-        _gradient(penalty, w, factor).add_(grad).to(grad.dtype)
-        for penalty, w, grad in zip(penalties, weights, grads, strict=True)
-    ]
+
+    def eager(i: int) -> Tensor:
+        return _gradient(penalties[i], weights[i], factor).add_(grads[i]).to(grads[i].dtype)
+
+    return _each(penalties, weights, grads, factor, eager)
 
 
 def shrinkage(penalty: Penalty | None, step: float | Tensor) -> tuple[float, float] | None:
@@ -48,3 +75,94 @@ def _gradient(penalty: Penalty, w: Tensor, factor: float | Tensor) -> Tensor:
     if isinstance(factor, Tensor):
         factor = factor.to(device=grad.device, dtype=grad.real.dtype).reshape(())
     return grad * factor if torch.is_grad_enabled() else grad.mul_(factor)
+
+
+def _each(
+    penalties: Sequence[Penalty],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    factor: float | Tensor,
+    eager: Callable[[int], Tensor],
+) -> list[Tensor]:
+    """A new tensor for every weight: written in one pass where that can be, else ``eager``'s."""
+    numbers = _all_numbers(penalties)
+    fused, alone = _arranged(numbers, weights, grads, factor)
+    results = {i: eager(i) for i in alone}
+    for (device, _), chosen in fused.items():
+        outs = [torch.empty_like(weights[i]) for i in chosen]
+        table = PenaltyTable.of(
+            [weights[i] for i in chosen], _strengths(numbers, chosen), [grads[i] for i in chosen if grads], outs
+        )
+        if device.type == "cpu":
+            native_penalty.gradient(table, float(factor))
+        else:
+            triton_penalty.gradient(table, factor)
+        results.update(zip(chosen, outs, strict=True))
+    return [results[i] for i in range(len(weights))]
+
+
+def _arranged(
+    numbers: Sequence[Numbers | None],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] = (),
+    factor: float | Tensor = 1.0,
+) -> tuple[Fused, list[int]]:
+    """Which weights one pass takes, per device and dtype, and which it does not take."""
+    everything = list(range(len(weights)))
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return {}, everything
+    if torch.is_grad_enabled() and _recorded([*weights, *grads, factor]):
+        return {}, everything
+    fused: Fused = {}
+    for i, w in enumerate(weights):
+        if numbers[i] is not None and _is_plain(w) and (not grads or _is_like(grads[i], w)):
+            fused.setdefault((w.device, w.dtype), []).append(i)
+    if not selection.pays([weights[i] for chosen in fused.values() for i in chosen]):
+        return {}, everything
+    fused = {kind: chosen for kind, chosen in fused.items() if _unavailable(kind[0]) is None}
+    taken = {i for chosen in fused.values() for i in chosen}
+    return fused, [i for i in everything if i not in taken]
+
+
+def _recorded(values: Sequence[object]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def _is_plain(w: Tensor) -> bool:
+    """Whether a kernel can read it: a plain dense tensor with its memory present (sharded training gives it back)."""
+    if selection.obstacle(w, None) is not None or not (w.is_contiguous() or is_dense(w)):
+        return False
+    return w.data_ptr() != 0 or w.numel() == 0
+
+
+def _is_like(grad: Tensor, w: Tensor) -> bool:
+    """Whether a gradient lies in memory as its weight does."""
+    alike = grad.stride() == w.stride() or (grad.is_contiguous() and w.is_contiguous())
+    same = grad.shape == w.shape and grad.dtype == w.dtype and grad.device == w.device
+    return alike and same and _is_plain(grad)
+
+
+def _unavailable(device: torch.device) -> str | None:
+    return native_penalty.unavailable() if device.type == "cpu" else selection.unavailable(device)
+
+
+def _all_numbers(penalties: Sequence[Penalty]) -> list[Numbers | None]:
+    """The strengths of every penalty; a penalty that many weights share is looked at once."""
+    known = {id(penalty): _numbers(penalty) for penalty in {id(p): p for p in penalties}.values()}
+    return [known[id(penalty)] for penalty in penalties]
+
+
+def _numbers(penalty: Penalty) -> Numbers | None:
+    """The strengths of a penalty whose value and gradient are those of elastic net by plain numbers, else None."""
+    if not isinstance(penalty, _Shrinkage):
+        return None
+    if type(penalty).value is not _Shrinkage.value or type(penalty).grad is not _Shrinkage.grad:
+        return None  # a subclass's own
+    if torch.compiler.is_compiling():
+        return None
+    l1, l2 = (host_scalar(part) for part in penalty.parts())
+    return None if isinstance(l1, Tensor) or isinstance(l2, Tensor) else (l1, l2)
+
+
+def _strengths(numbers: Sequence[Numbers | None], chosen: Sequence[int]) -> list[Numbers]:
+    return [pair for i in chosen if (pair := numbers[i]) is not None]
