@@ -126,7 +126,7 @@ class Regularizer(nn.Module):
         weights = [p for _, p, _ in entries]
         penalties = [penalty for _, _, penalty in entries]
         scale = host_scalar(self.strength_scale)
-        strengths = [s for penalty in penalties for s in penalty.strengths().values()]
+        strengths = [s for penalty in {id(p): p for p in penalties}.values() for s in penalty.strengths().values()]
         learned = any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
         if learned or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return kernels.total_value(penalties, weights) * scale  # autograd records, and a compiler fuses

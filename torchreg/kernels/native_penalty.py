@@ -78,5 +78,6 @@ def _cuts(sizes: tuple[int, ...], pieces: Any) -> list[int]:
     return sorted({0, *(int(at) for at in np.searchsorted(ends, shares)), count})
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     return toolchain.library("penalty", _SOURCE.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchreg.kernels import native_penalty, selection, triton_penalty
 from torchreg.kernels.penalty_table import PenaltyTable
@@ -20,6 +20,8 @@ from torchreg.penalties.tiles import is_dense
 
 Numbers = tuple[float, float]
 """The strengths (l1, l2) of a penalty that kernels know."""
+
+_PLAIN = (Tensor, nn.Parameter)
 
 Fused = dict[tuple[torch.device, torch.dtype], list[int]]
 """For each device and dtype, the positions of the weights that one pass takes."""
@@ -108,20 +110,29 @@ def _arranged(
     factor: float | Tensor = 1.0,
 ) -> tuple[Fused, list[int]]:
     """Which weights one pass takes, per device and dtype, and which it does not take."""
-    everything = list(range(len(weights)))
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return {}, everything
+        return {}, list(range(len(weights)))
     if torch.is_grad_enabled() and _recorded([*weights, *grads, factor]):
-        return {}, everything
-    fused: Fused = {}
+        return {}, list(range(len(weights)))
+    kinds: Fused = {}
+    alone = []
     for i, w in enumerate(weights):
         if numbers[i] is not None and _is_plain(w) and (not grads or _is_like(grads[i], w)):
-            fused.setdefault((w.device, w.dtype), []).append(i)
-    if not selection.pays([weights[i] for chosen in fused.values() for i in chosen]):
-        return {}, everything
-    fused = {kind: chosen for kind, chosen in fused.items() if _unavailable(kind[0]) is None}
-    taken = {i for chosen in fused.values() for i in chosen}
-    return fused, [i for i in everything if i not in taken]
+            kinds.setdefault((w.device, w.dtype), []).append(i)
+        else:
+            alone.append(i)
+    fused = {kind: chosen for kind, chosen in kinds.items() if _pays(*kind, [weights[i] for i in chosen])}
+    if len(fused) != len(kinds):
+        alone = sorted(alone + [i for kind, chosen in kinds.items() if kind not in fused for i in chosen])
+    return fused, alone
+
+
+def _pays(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
+    """Whether there is a kernel for these, and on the CPU enough to do for it."""
+    if device.type == "cpu":
+        large = sum(map(Tensor.numel, weights)) >= selection.SMALLEST
+        return large and dtype in native_penalty.DTYPES and native_penalty.unavailable() is None
+    return device.type == "cuda" and dtype in triton_penalty.DTYPES and triton_penalty.unavailable() is None
 
 
 def _recorded(values: Sequence[object]) -> bool:
@@ -129,21 +140,25 @@ def _recorded(values: Sequence[object]) -> bool:
 
 
 def _is_plain(w: Tensor) -> bool:
-    """Whether a kernel can read it: a plain dense tensor with its memory present (sharded training gives it back)."""
-    if selection.obstacle(w, None) is not None or not (w.is_contiguous() or is_dense(w)):
-        return False
-    return w.data_ptr() != 0 or w.numel() == 0
+    """Whether a kernel could read it: a plain dense tensor that has its memory (sharded training gives it back)."""
+    return (
+        type(w) in _PLAIN
+        and w.layout is torch.strided
+        and (w.is_contiguous() or is_dense(w))
+        and not w.is_neg()
+        and w.data_ptr() != 0
+    )
 
 
 def _is_like(grad: Tensor, w: Tensor) -> bool:
     """Whether a gradient lies in memory as its weight does."""
-    alike = grad.stride() == w.stride() or (grad.is_contiguous() and w.is_contiguous())
-    same = grad.shape == w.shape and grad.dtype == w.dtype and grad.device == w.device
-    return alike and same and _is_plain(grad)
-
-
-def _unavailable(device: torch.device) -> str | None:
-    return native_penalty.unavailable() if device.type == "cpu" else selection.unavailable(device)
+    return (
+        _is_plain(grad)
+        and grad.dtype == w.dtype
+        and grad.device == w.device
+        and grad.shape == w.shape
+        and (grad.stride() == w.stride() or (grad.is_contiguous() and w.is_contiguous()))
+    )
 
 
 def _all_numbers(penalties: Sequence[Penalty]) -> list[Numbers | None]:

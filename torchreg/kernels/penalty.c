@@ -62,16 +62,15 @@ static inline __attribute__((always_inline)) void NAME(sums)(
 {
     double lane[LANES] = {0}, square[LANES] = {0};
     int64_t i = 0;
-    for (; i + BLOCK <= n; i += BLOCK) {
-        fetch(w + i, BLOCK * sizeof(T));
-        for (int b = 0; b < BLOCK; b += LANES)
-            for (int j = 0; j < LANES; j++) {
-                const double x = w[i + b + j];
-                if (absolute)
-                    lane[j] += x < 0 ? -x : x;
-                if (squared)
-                    square[j] += x * x;
-            }
+    for (; i + LANES <= n; i += LANES) {
+        fetch(w + i, LANES * sizeof(T));
+        for (int j = 0; j < LANES; j++) {
+            const double x = w[i + j];
+            if (absolute)
+                lane[j] += x < 0 ? -x : x;
+            if (squared)
+                square[j] += x * x;
+        }
     }
     for (; i < n; i++) {
         const double x = w[i];
