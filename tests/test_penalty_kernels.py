@@ -1,0 +1,480 @@
+"""The penalty's value and gradients in one pass: against the eager forms, and chosen only where they are the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from optimizer_cases import parameters
+from torch import Tensor, nn
+
+from torchreg import L1, L2, ElasticNet, Regularizer
+from torchreg.kernels import native_penalty, penalties, selection, toolchain, triton_penalty
+from torchreg.kernels.penalty_table import PenaltyTable
+from torchreg.penalties.tiles import is_dense
+
+pytestmark = [
+    pytest.mark.skipif(native_penalty.unavailable() is not None, reason="needs a C compiler"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter's numpy
+]
+
+PENALTIES = {
+    "L1": L1(0.3),
+    "L2": L2(0.4),
+    "ElasticNet": ElasticNet(0.3, 0.4),
+    "nothing": L1(0.0),
+    "0-d tensor": L1(torch.tensor(0.3)),
+}
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FORMS = {"native": (native_penalty, torch.device("cpu")), "triton": (triton_penalty, GPU)}
+DTYPES = [(form, dtype) for form, (module, _) in FORMS.items() for dtype in module.DTYPES]
+
+every_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+every_dtype = pytest.mark.parametrize(("form", "dtype"), DTYPES, ids=[f"{form}-{dtype}" for form, dtype in DTYPES])
+
+
+def needs_triton(form: str) -> None:
+    if form == "triton":
+        pytest.importorskip("triton")
+
+
+def numbers(penalty) -> tuple[float, float]:
+    return tuple(float(part) for part in penalty.parts())
+
+
+def value(form: str, weights: list[Tensor], penalty) -> float:
+    table = PenaltyTable.of(weights, [numbers(penalty)] * len(weights))
+    return float(FORMS[form][0].value(table))
+
+
+def gradients(form: str, weights, outs, penalty, factor, grads=()) -> list[Tensor]:
+    table = PenaltyTable.of(weights, [numbers(penalty)] * len(weights), grads, outs)
+    FORMS[form][0].gradient(table, factor)
+    return outs
+
+
+def eager(weights, penalty, factor, grads=()) -> list[Tensor]:
+    """The specification; half types are computed in float32 and rounded once."""
+    wide = [w.detach().float() if w.dtype in (torch.bfloat16, torch.float16) else w.detach() for w in weights]
+    slopes = [penalty.grad(w) * factor for w in wide]
+    sums = [s + g for s, g in zip(slopes, grads, strict=True)] if grads else slopes
+    return [s.to(w.dtype) for s, w in zip(sums, weights, strict=True)]
+
+
+def given(form: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    device = FORMS[form][1]
+    params = [p for p in parameters(dtype) if is_dense(p)]
+    weights = [p.detach().to(device) for p in params]
+    return weights, [torch.empty_like(w).copy_(p.grad) for w, p in zip(weights, params, strict=True)]
+
+
+@every_dtype
+@every_penalty
+def test_the_value_is_the_sum_of_the_penalties(form, dtype, penalty):
+    needs_triton(form)
+    weights, _ = given(form, dtype)
+    expected = sum(float(penalty.value(w.double())) for w in weights)
+    assert value(form, weights, penalty) == pytest.approx(expected, rel=1e-12 if dtype == torch.float64 else 1e-6)
+    for special in (torch.inf, -torch.inf, torch.nan):
+        weights[1][1] = special
+        torch.testing.assert_close(
+            torch.tensor(value(form, weights, penalty)),
+            torch.tensor(sum(float(penalty.value(w.double())) for w in weights)),
+            equal_nan=True,
+        )
+
+
+@every_dtype
+@every_penalty
+@pytest.mark.parametrize(
+    "factor", [0.7, -2.0, torch.tensor(0.7), torch.nan], ids=["number", "negative", "tensor", "nan"]
+)
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
+def test_the_gradient_is_the_penalties(form, dtype, penalty, factor, added):
+    needs_triton(form)
+    weights, grads = given(form, dtype)
+    weights[1].copy_(torch.tensor([torch.nan, torch.inf, 0.0]))
+    weights[0][0].copy_(torch.tensor([-torch.inf, -0.0, 1e-30]))
+    beside = grads if added else []
+    outs = [torch.full_like(w, torch.nan) for w in weights]
+    factor = factor.to(GPU) if isinstance(factor, Tensor) and form == "triton" else factor
+    gradients(form, weights, outs, penalty, factor, beside)
+    for out, expected in zip(outs, eager(weights, penalty, factor, beside), strict=True):
+        torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@every_dtype
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["cached", "streamed"])
+def test_sizes_around_blocks_and_pieces_touch_nothing_else(form, dtype, shift, streamed, monkeypatch):
+    """In memory full of NaN: what is read from it shows in a result, and what is written to it is missing."""
+    needs_triton(form)
+    if form == "triton" and (streamed or dtype in (torch.float64, torch.float16)):
+        pytest.skip("nothing of its own")
+    monkeypatch.setattr(native_penalty, "_STREAMED", 0 if streamed else 1 << 60)
+    module, device = FORMS[form]
+    margin, generator = 64, torch.Generator().manual_seed(0)
+
+    def placed(size: int) -> tuple[Tensor, Tensor]:
+        memory = torch.full((size + 2 * margin,), torch.nan, dtype=dtype, device=device)
+        view = memory[margin + shift : margin + shift + size]
+        return memory, view.copy_(torch.randn(size, generator=generator))
+
+    block = 256 if form == "native" else triton_penalty._BLOCK
+    piece = module.PIECE_SIZE
+    sizes = [1, 3, 31, 33, block - 1, block, block + 1, piece - 1, piece + 1, 2 * piece + block + 17]
+    weights, grads = ([placed(size)[1] for size in sizes] for _ in range(2))
+    memories = [placed(size) for size in sizes]
+    outs = [view.fill_(torch.nan) for _, view in memories]
+    penalty = ElasticNet(0.3, 0.4)
+    expected = sum(float(penalty.value(w.double())) for w in weights)
+    assert value(form, weights, penalty) == pytest.approx(expected, rel=1e-6)
+    for beside in ([], grads):
+        gradients(form, weights, outs, penalty, 0.7, beside)
+        for (memory, out), theirs in zip(memories, eager(weights, penalty, 0.7, beside), strict=True):
+            torch.testing.assert_close(out, theirs)
+            assert int(memory.isnan().sum()) == 2 * margin
+
+
+def test_an_empty_table_is_worth_nothing():
+    weights = [torch.zeros(0), torch.zeros(3, 0)]
+    assert value("native", weights, L1(1.0)) == 0.0
+    gradients("native", weights, [torch.zeros(0), torch.zeros(3, 0)], L1(1.0), 1.0)
+
+
+def test_each_tensor_has_its_own_strengths():
+    weights = [torch.full((40,), 2.0), torch.full((300,), -3.0)]
+    outs = [torch.empty_like(w) for w in weights]
+    table = PenaltyTable.of(weights, [(0.5, 0.0), (0.0, 0.25)], (), outs)
+    assert native_penalty.value(table) == 0.5 * 80 + 0.25 * 2700
+    native_penalty.gradient(table, 2.0)
+    assert bool((outs[0] == 1.0).all())
+    assert bool((outs[1] == -3.0).all())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_number_of_threads_does_not_change_a_bit(count):
+    weights = [torch.randn(700_000), torch.randn(5), torch.randn(300_000)]
+    penalty, before = ElasticNet(0.3, 0.4), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = value("native", weights, penalty)
+        slopes = gradients("native", weights, [torch.empty_like(w) for w in weights], penalty, 0.7)
+        torch.set_num_threads(count)
+        assert value("native", weights, penalty) == expected
+        again = gradients("native", weights, [torch.empty_like(w) for w in weights], penalty, 0.7)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, again, slopes))
+
+
+def test_the_value_of_many_weights_is_accurate_to_float32():
+    w = torch.rand(3_000_001) + 0.1
+    exact = float(ElasticNet(0.3, 0.4).value(w.double()))
+    assert value("native", [w], ElasticNet(0.3, 0.4)) == pytest.approx(exact, rel=1e-12)
+    assert value("native", [w * 1e25], L2(1e-30)) == pytest.approx(float(L2(1e-30).value(w.double() * 1e25)), rel=1e-6)
+
+
+# The choice
+
+
+class Spy:
+    """Counts the calls of the compiled forms."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.values = self.gradients = 0
+        run_value, run_gradient = native_penalty.value, native_penalty.gradient
+
+        def counted_value(*args):
+            self.values += 1
+            return run_value(*args)
+
+        def counted_gradient(*args):
+            self.gradients += 1
+            run_gradient(*args)
+
+        monkeypatch.setattr(native_penalty, "value", counted_value)
+        monkeypatch.setattr(native_penalty, "gradient", counted_gradient)
+
+    def taken(self) -> tuple[int, int]:
+        counts = self.values, self.gradients
+        self.values = self.gradients = 0
+        return counts
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    return Spy(monkeypatch)
+
+
+LARGE = 260  # squared it is more than selection.SMALLEST
+
+
+def a_model(**dtypes: torch.dtype) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    dtypes = dtypes or {"single_": torch.float32}
+    return nn.ModuleDict({name: nn.Linear(LARGE, LARGE, dtype=dtype) for name, dtype in dtypes.items()})
+
+
+MIXED = {
+    "single_": torch.float32,
+    "double_": torch.float64,
+    "half_": torch.bfloat16,
+    "complex_": torch.complex64,
+    "other_": torch.float32,
+}
+
+
+def both(monkeypatch, function):
+    """What a function returns with the compiled forms, and without them."""
+    ours = function()
+    with monkeypatch.context() as patch:
+        patch.setattr(native_penalty, "unavailable", lambda: "switched off")
+        return ours, function()
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_the_loss_term_of_a_large_model_is_taken_in_one_pass_per_dtype(factor, monkeypatch, spy):
+    model = a_model(**MIXED)
+    rules = {"other_.*": L2(0.2), "*.bias": L1(torch.rand(LARGE)), "*": ElasticNet(0.3, 0.1)}
+    reg = Regularizer(model, rules)
+    reg.strength_scale = 0.5
+
+    def term():
+        model.zero_grad()
+        loss = reg()
+        (factor * loss).backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    ours, theirs = both(monkeypatch, term)
+    assert spy.taken() == (2, 2)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)  # most of the terms are rounded to float32
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_value_has_the_eager_forms_dtype(monkeypatch):
+    for names in (["single_"], ["double_"], ["half_", "single_"], ["single_", "double_"], ["single_", "complex_"]):
+        reg = Regularizer(a_model(**{name: MIXED[name] for name in names}), L1(0.1))
+        ours, theirs = both(monkeypatch, reg)
+        assert (ours.dtype, ours.shape, ours.device) == (theirs.dtype, theirs.shape, theirs.device)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_hook_on_a_large_model_is_one_pass_per_dtype(maximize, monkeypatch, spy):
+    def step():
+        model = a_model(**{name: MIXED[name] for name in ("single_", "double_", "other_")})
+        Regularizer(model, {"*.weight": ElasticNet(0.3, 0.1), "*.bias": L1(0.2)}).attach(
+            optimizer := torch.optim.SGD(model.parameters(), lr=0.1, maximize=maximize)
+        )
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        grads = [p.grad for p in model.parameters()]
+        optimizer.step()
+        assert all(p.grad is g and bool((g == 1).all()) for p, g in zip(model.parameters(), grads, strict=True))
+        return list(model.parameters())
+
+    ours, theirs = both(monkeypatch, step)
+    assert spy.taken() == (0, 2)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_laid_out_otherwise_are_added_all_the_same(monkeypatch, spy):
+    w = torch.randn(8, LARGE, 3, LARGE).to(memory_format=torch.channels_last)
+    grads = [torch.randn(w.shape).to(memory_format=torch.channels_last), torch.randn(w.shape)]
+    ours, theirs = both(
+        monkeypatch,
+        lambda: penalties.added_gradients(
+            [L1(0.1)] * 2, [w, w.contiguous(memory_format=torch.channels_last)], grads, 0.5
+        ),
+    )
+    assert spy.taken() == (0, 1)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride() == w.stride()
+
+
+class OwnValue(L1):
+    def value(self, w):
+        return super().value(w) + 1
+
+
+class Wrapped(Tensor):
+    pass
+
+
+UNFIT = {
+    "strengths per coordinate": lambda w: (L1(torch.rand(LARGE)), w),
+    "a value of its own": lambda w: (OwnValue(0.1), w),
+    "half precision": lambda w: (L1(0.1), w.bfloat16()),
+    "complex": lambda w: (L1(0.1), torch.complex(w, w)),
+    "few": lambda w: (L1(0.1), w[:2]),
+    "not dense": lambda w: (L1(0.1), w.repeat(1, 2)[:, ::2]),
+    "expanded": lambda w: (L1(0.1), w[:1].expand(LARGE, LARGE)),
+    "negated when read": lambda w: (L1(0.1), torch._neg_view(w)),
+    "a subclass": lambda w: (L1(0.1), w.as_subclass(Wrapped)),
+    "recorded": lambda w: (L1(0.1), w.requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("make", UNFIT.values(), ids=UNFIT)
+def test_what_kernels_do_not_know_goes_to_the_penalty(make, spy):
+    penalty, w = make(torch.randn(LARGE, LARGE))
+    torch.testing.assert_close(penalties.total_value([penalty], [w]), penalty.value(w))
+    expected = (0.5 * penalty.grad(w.float() if w.dtype == torch.bfloat16 else w)).to(w.dtype)
+    (ours,) = penalties.gradients([penalty], [w], 0.5)
+    torch.testing.assert_close(ours, expected)
+    assert spy.taken() == (0, 0)
+
+
+def test_the_switch_and_transforms_leave_the_eager_form(monkeypatch, spy):
+    w = torch.randn(LARGE, LARGE)
+    torch.func.grad(lambda x: penalties.total_value([L1(0.1)], [x]))(w)
+    torch.func.vmap(lambda x: penalties.total_value([L1(0.1)], [x]))(w.expand(2, LARGE, LARGE))
+    assert spy.taken() == (0, 0)
+    for cached in (native_penalty.unavailable, native_penalty._library, toolchain.library):
+        cached.cache_clear()
+    monkeypatch.setenv(toolchain.SWITCH, "0")
+    try:
+        torch.testing.assert_close(penalties.total_value([L1(0.1)], [w]), L1(0.1).value(w))
+        assert native_penalty.unavailable() == "switched off by TORCHREG_NATIVE=0"
+    finally:
+        monkeypatch.undo()
+        native_penalty.unavailable.cache_clear()
+
+
+def test_a_compiled_loss_has_no_compiled_c_in_it(spy):
+    torch.compiler.reset()
+    reg = Regularizer(a_model(), L1(0.1))
+    compiled = torch.compile(lambda: reg() * 2, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled().detach(), 2 * reg().detach())
+    assert spy.taken() == (1, 0)
+
+
+# Autograd
+
+
+def test_the_loss_term_is_differentiable_twice_through_the_eager_form(spy):
+    model = a_model()
+    weight = model["single_"].weight
+    (slope,) = torch.autograd.grad(Regularizer(model, ElasticNet(0.3, 0.1))(), weight, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), weight)
+    torch.testing.assert_close(curvature, torch.full_like(weight, 0.2))
+    assert spy.taken() == (1, 0)
+
+
+def test_weights_that_changed_before_the_backward_pass_are_noticed(spy):
+    model = a_model()
+    loss = Regularizer(model, L1(0.1))()
+    assert spy.taken() == (1, 0)
+    with torch.no_grad():
+        model["single_"].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_every_backward_pass_makes_new_gradients(spy):
+    model = a_model()
+    weight = model["single_"].weight
+    loss = Regularizer(model, L1(0.1))()
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
+    assert spy.taken() == (1, 2)
+    assert torch.equal(first, second)
+    assert len({t.data_ptr() for t in (first, second, weight)}) == 3
+    assert not first.requires_grad
+    assert first._version == 0
+
+
+def test_a_weight_used_in_both_terms_gets_both_gradients(spy):
+    model = a_model()
+    weight = model["single_"].weight
+    (weight.sum() + Regularizer(model, L1(0.1))()).backward()
+    assert spy.taken() == (1, 1)
+    torch.testing.assert_close(weight.grad, 1 + 0.1 * weight.detach().sign())
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_gives_the_same_without_a_stall_and_in_a_graph(dtype):
+    model = a_model(only=dtype).cuda()
+    weight = model["only"].weight
+    reg = Regularizer(model, ElasticNet(0.3, 0.1)).cuda()
+    reg.strength_scale = 0.5
+
+    def gradient():
+        return torch.autograd.grad(reg(), weight)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradient()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        alone = gradient()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wide = weight.detach().float() if dtype == torch.bfloat16 else weight.detach()
+    torch.testing.assert_close(alone, (0.5 * ElasticNet(0.3, 0.1).grad(wide)).to(dtype))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradient()
+    with torch.no_grad():
+        weight.neg_()
+    reg.strength_scale = 0.25
+    graph.replay()
+    torch.testing.assert_close(captured, -0.5 * alone)
+
+
+COMPILE = """
+import re
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from torchreg.kernels import triton_penalty, triton_penalty_kernels
+
+types = dict(table="*i64", tensors="i32", pieces="*i64", count="i32", strengths="*fp64")
+kernels = (("penalty_value", dict(partials="*fp64"), {}), ("penalty_gradient", dict(factor="*fp32"), dict(ADDED=True)))
+for name, last, flags in kernels:
+    for dtype, compute in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float64, tl.float64)):
+        constants = dict(DTYPE=dtype, COMPUTE=compute, ALIGNED=True)
+        constants |= dict(PIECE=triton_penalty.PIECE_SIZE, BLOCK=triton_penalty._BLOCK, **flags)
+        pointers = {**types, **last}
+        signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
+        positions = {name: (i,) for i, name in enumerate(signature)}
+        source = ASTSource(
+            getattr(triton_penalty_kernels, name),
+            signature=signature,
+            constexprs={positions[name]: value for name, value in constants.items()},
+            attrs={positions[name]: [["tt.divisibility", 16]] for name, kind in pointers.items() if kind[0] == "*"},
+        )
+        options = {"num_warps": triton_penalty._WARPS}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        wide = "v2.b64" if dtype == tl.float64 else "v4.b32"
+        print(len(re.findall(rf"ld\\.global\\.{wide}", compiled.asm["ptx"])), len(compiled.asm["cubin"]) > 0)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_and_read_16_bytes_at_once(tmp_path):
+    """Compiling needs no GPU, only Triton's own assembler."""
+    needs_triton("triton")
+    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 6
+    for at_least, (wide, built) in zip([1, 1, 1, 2, 2, 2], lines, strict=True):  # weights; weights and gradients
+        assert int(wide) >= at_least
+        assert built == "True"
+
+
+def test_a_large_model_is_one_that_pays():
+    assert LARGE * LARGE >= selection.SMALLEST
