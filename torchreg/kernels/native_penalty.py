@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchreg.kernels import toolchain
-from torchreg.kernels.native import _in_parts
+from torchreg.kernels import threads, toolchain
 from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable, cut
 
 PIECE_SIZE = 1 << 18
 DTYPES = (torch.float32, torch.float64)
 
-_THREADED = 1 << 18  # elements: below, starting threads costs more than they save
 _STREAMED = 1 << 23  # bytes of results: above, little of them would be found in the cache again
 _SOURCE = Path(__file__).with_name("penalty.c")
 
@@ -64,18 +62,7 @@ def _run(name: str, table: PenaltyTable, pieces: Any, **fields: float) -> None:
     function = getattr(_library(), f"{name}_{str(table.dtype).removeprefix('torch.')}")
     rows = (*table.table, *table.strengths, *pieces)
     view = _Table(*(row.ctypes.data for row in rows), PIECE_SIZE, **fields)
-    _in_parts(function, ctypes.byref(view), _cuts(table.sizes, pieces))
-
-
-def _cuts(sizes: tuple[int, ...], pieces: Any) -> list[int]:
-    """Where the pieces are divided among threads: as many as torch uses where there is enough to do."""
-    count, threads = pieces.shape[1], torch.get_num_threads()
-    if threads == 1 or sum(sizes) < _THREADED:
-        return [0, count]
-    owner, start = pieces
-    ends = np.cumsum(np.minimum(np.array(sizes)[owner] - start, PIECE_SIZE))
-    shares = np.linspace(0, ends[-1], threads + 1)[1:-1]
-    return sorted({0, *(int(at) for at in np.searchsorted(ends, shares)), count})
+    threads.run(function, ctypes.byref(view), table.sizes, pieces, PIECE_SIZE)
 
 
 @functools.cache
