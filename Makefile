@@ -21,7 +21,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py
 
 clean:
@@ -37,4 +37,8 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(INSTALL) ".[dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt
+	$(INSTALL) ".[bench]"
 	touch $@

@@ -1,7 +1,8 @@
-"""What a proximal step costs beside torch.optim.SGD: medians of interleaved runs in one process, as ratios.
+"""What a proximal step costs beside torch.optim.SGD(fused=True), what people write by hand, and torchao's PAT.
 
-Run `python benchmarks/step.py`. Outputs are first compared with a float64 reference, and no speed is printed if one
-is off. The table is also written to benchmarks/results/step-cpu.json.
+Run `python benchmarks/step.py`. All contenders take turns in one process, on the same memory. Each is first compared
+with a float64 reference: if one is off, no speed is printed. The results are also written to
+benchmarks/results/step-<device>.json. The exit status is 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -9,158 +10,183 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
+import os
+import re
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import contenders
 import torch
-from torch import Tensor, nn
+import workload
+from bars import judged
+from measurement import Disagreement, bandwidth, check, free_memory, machine, measure, peak_memory
+from workload import Workload
 
-import torchreg
-from torchreg import L1, ElasticNet, ProxSGD
 from torchreg.tables import render
 
-LR, MOMENTUM, STRENGTH = 0.01, 0.9, 1e-3
-BASELINE = "torch.optim.SGD, foreach"
-BAR = {"ProxSGD L1, foreach": 1.6}
-LISTS = {"4 × 4 M": [4_000_000] * 4, "60 × 20 k": [20_000] * 60}
-TOLERANCE = 1e-5
-RESULTS = Path(__file__).parent / "results" / "step-cpu.json"
-
-Step = Callable[[], object]
-
-
-def torch_sgd(params: list[nn.Parameter], foreach: bool) -> Step:
-    return torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, foreach=foreach).step
-
-
-def prox_sgd(params: list[nn.Parameter], foreach: bool | None, penalty: torchreg.penalties.Penalty) -> Step:
-    return ProxSGD(params, lr=LR, momentum=MOMENTUM, penalty=penalty, foreach=foreach).step
-
-
-def by_hand(params: list[nn.Parameter]) -> Step:
-    """What people write: SGD, then sign·clamp(|w| − lr·λ) as multi-tensor operations (with the gain of momentum)."""
-    optimizer = torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, foreach=True)
-    threshold = LR * STRENGTH / (1 - MOMENTUM)
-
-    @torch.no_grad()
-    def step() -> None:
-        optimizer.step()
-        shrunk = torch._foreach_abs(params)
-        torch._foreach_sub_(shrunk, threshold)
-        torch._foreach_clamp_min_(shrunk, 0)
-        torch._foreach_mul_(shrunk, torch._foreach_sign(params))
-        torch._foreach_copy_(params, shrunk)
-
-    return step
-
-
-CONTENDERS: dict[str, tuple[Callable[[list[nn.Parameter]], Step], float, float]] = {  # and their l1 and l2
-    BASELINE: (lambda p: torch_sgd(p, True), 0.0, 0.0),
-    "torch.optim.SGD, loop": (lambda p: torch_sgd(p, False), 0.0, 0.0),
-    "ProxSGD L1, foreach": (lambda p: prox_sgd(p, True, L1(STRENGTH)), STRENGTH, 0.0),
-    "ProxSGD L1, default": (lambda p: prox_sgd(p, None, L1(STRENGTH)), STRENGTH, 0.0),
-    "ProxSGD L1, loop": (lambda p: prox_sgd(p, False, L1(STRENGTH)), STRENGTH, 0.0),
-    "ProxSGD Elastic Net, foreach": (lambda p: prox_sgd(p, True, ElasticNet(STRENGTH, STRENGTH)), STRENGTH, STRENGTH),
-    "SGD and soft threshold by hand": (by_hand, STRENGTH, 0.0),
+DTYPES = ("float32", "bfloat16")
+RESULTS = Path(__file__).parent / "results"
+README_LISTS = ("4 × 4 M", "60 × 20 k")
+README_ROWS = {
+    "`ProxSGD`, L1": "ProxSGD L1, fused",
+    "`ProxSGD`, Elastic Net": "ProxSGD Elastic Net, fused",
+    "`SGD(fused=True)`, then `softshrink` in place": "SGD fused + softshrink in place",
+    "`SGD`, then `sign·clamp(abs(w) − t)`": "SGD + sign·clamp(|w| − t)",
+    "`torchao.prototype.pat`, lasso": contenders.PAT,
+    "added by L1 in the loss: by hand": contenders.BY_HAND,
+    "added by L1 in the loss: `Regularizer`": contenders.LOSS_TERM,
 }
 
-
-def weights(sizes: list[int]) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
-    for p in params:
-        p.grad = 0.01 * torch.randn(p.shape, generator=generator)
-    return params
+Result = dict[str, Any]
 
 
-def expected(param: nn.Parameter, l1: float, l2: float, steps: int) -> Tensor:
-    """The weight after some steps with a constant gradient, in float64."""
-    w, grad = param.detach().double(), param.grad.double()
-    buffer, tau = torch.zeros_like(w), LR / (1 - MOMENTUM)
-    for _ in range(steps):
-        buffer = MOMENTUM * buffer + grad
-        w = w - LR * buffer
-        w = (w - w.clamp(-tau * l1, tau * l1)) / (1 + 2 * tau * l2)
-    return w
+def compare(work: Workload, quick: bool, seconds: float, tell: Callable[[str], None]) -> Result:
+    """Check and time every contender that can take part.
 
-
-def check(steps: int = 3) -> None:
-    """Exit unless every contender computes what it says, on tensors of all the sizes that are timed."""
-    for sizes in LISTS.values():
-        for name, (make, l1, l2) in CONTENDERS.items():
-            params, start = weights(sizes[:1]), weights(sizes[:1])
-            step = make(params)
-            for _ in range(steps):
-                step()
-            reference = expected(start[0], l1, l2, steps)
-            error = (params[0].double() - reference).abs().max().item()
-            if not error <= TOLERANCE:
-                sys.exit(f"{name}: off by {error:.1e} from the float64 reference; no speed is reported.")
-
-
-def measure(sizes: list[int], repetitions: int, warm_up: int = 3) -> dict[str, float]:
-    """Median seconds per step. The contenders take turns, so that what else the machine does hits all alike."""
-    steps = {name: make(weights(sizes)) for name, (make, _, _) in CONTENDERS.items()}
-    inner = max(1, 4_000_000 // sum(sizes))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(warm_up + repetitions):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(inner):
-                step()
-            times[name].append((time.perf_counter() - start) / inner)
-    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
-
-
-def machine() -> dict[str, object]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    Raises:
+        Disagreement: if the output of one is wrong; nothing is timed then.
+    """
+    steps, skipped = {}, {}
+    for contender in contenders.CONTENDERS:
+        reason = "left out by --quick" if quick and contender.patient else contender.missing(work)
+        if reason:
+            skipped[contender.name] = reason
+            continue
+        tell(f"checking {contender.name}")
+        steps[contender.name] = contender.build(work)
+        check(contender, steps[contender.name], work)
+    tell("timing")
+    times = measure(steps, work, seconds, fewest=5 if quick else 7)
+    speed = bandwidth(work.device)
+    baseline, rows = times[contenders.BASELINE], {}
+    for name, time in times.items():
+        ratios, done = time.ratios(baseline), statistics.median(time.done)
+        first, _, third = statistics.quantiles(ratios, n=4)
+        rows[name] = {
+            "ratio": round(statistics.median(ratios), 3),
+            "quartiles": [round(first, 3), round(third, 3)],
+            "ms": _significant(1e3 * done),
+            "host_ms": _significant(1e3 * statistics.median(time.returned)) if work.device.type == "cuda" else None,
+            "bytes_per_parameter": _significant(done * speed / work.size),
+            "extra_bytes_per_parameter": _significant(peak_memory(steps[name], work) / work.size),
+        }
     return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchreg": torchreg.__version__,
+        "parameters": work.size,
+        "tensors": len(work.params),
+        "rounds": len(baseline.done),
+        "copy_gb_per_s": _significant(speed / 1e9),
+        "floor_bytes_per_parameter": 5 * work.dtype.itemsize,
+        "contenders": rows,
+        "skipped": skipped,
     }
 
 
-def main() -> int:
+def _significant(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def table(title: str, result: Result) -> str:
+    """The contenders of one tensor list."""
+    rows = []
+    for name, row in result["contenders"].items():
+        added = "+" if name.startswith("added") else ""
+        host = "" if row["host_ms"] is None else f"{row['host_ms']:.3f}"
+        traffic, extra = row["bytes_per_parameter"], row["extra_bytes_per_parameter"]
+        rows.append((name, f"{added}{row['ratio']:.2f}", f"{row['ms']:.3f}", host, f"{traffic:.1f}", f"{extra:.1f}"))
+    header = (title, "× fused SGD", "ms", "host ms", "bytes moved", "peak extra bytes")
+    remarks = [f"{name}: {reason}" for name, reason in result["skipped"].items()]
+    note = (
+        f"{result['rounds']} rounds. Bytes are per parameter; moved: what a copy (on a CPU: in place) moves in that "
+        f"time ({result['copy_gb_per_s']:.1f} GB/s), at least {result['floor_bytes_per_parameter']}."
+    )
+    return "\n".join([render(header, rows), note, *remarks])
+
+
+def readme_table(document: Result) -> str:
+    """The rows that README.md quotes, in Markdown."""
+    lines = [f"| time, `SGD(fused=True)` = 1 | {' | '.join(README_LISTS)} |", "| --- | --- | --- |"]
+    for label, name in README_ROWS.items():
+        ratios = [document["lists"][key]["float32"]["contenders"].get(name) for key in README_LISTS]
+        cells = ["not measured" if r is None else f"{'+' * ('added' in label)}{r['ratio']:.2f}" for r in ratios]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=51)
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
-    options = parser.parse_args()
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32, on a GPU both")
+    parser.add_argument("--lists", nargs="+", metavar="LIST", choices=workload.LISTS, help="some tensor lists only")
+    parser.add_argument("--quick", action="store_true", help="two lists, few rounds, no torch.compile, no file")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of timing per list and dtype, about")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory announces each use
 
-    check()
-    medians = {name: measure(sizes, options.repetitions) for name, sizes in LISTS.items()}
-    ratios = {name: {key: m[key] / m[BASELINE] for key in CONTENDERS} for name, m in medians.items()}
-    where = machine()
-    rows = [
-        (key, *(f"{ratios[name][key]:.2f} ({1e3 * medians[name][key]:.2f} ms)" for name in LISTS)) for key in CONTENDERS
-    ]
-    print(render(("step of float32 weights", *LISTS), rows))
-    print(f"\n{where['cpu']}, {where['threads']} threads, torch {where['torch']}; {options.repetitions} repetitions")
-    result = {
+    device = torch.device(options.device)
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
+    dtypes = options.dtype or (DTYPES[:1] if on_cpu else DTYPES)
+    if on_cpu and "bfloat16" in dtypes:
+        parser.error(
+            "on the CPU only float32 can be compared: torch's fused SGD, the baseline, skips others (pytorch issue 191763)"
+        )
+    lists = options.lists or (workload.QUICK if options.quick else tuple(workload.LISTS))
+    seconds = min(options.seconds, 8.0) if options.quick else options.seconds
+    facts = machine(device)
+    document: Result = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": where,
-        "repetitions": options.repetitions,
-        "baseline": BASELINE,
-        "bar": BAR,
-        "ratios": {name: {key: round(value, 3) for key, value in row.items()} for name, row in ratios.items()},
-        "median_ms": {name: {key: round(1e3 * t, 4) for key, t in row.items()} for name, row in medians.items()},
+        "machine": facts,
+        "settings": {"lr": contenders.LR, "momentum": contenders.MOMENTUM, "strength": contenders.STRENGTH},
+        "baseline": contenders.BASELINE,
+        "lists": {},
+        "left_out": {},
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    missed = [f"{key} on {name}" for name in LISTS for key, bar in BAR.items() if ratios[name][key] > bar]
-    if missed:
-        print(f"\nAbove the bar of {BAR}: {', '.join(missed)}")
-    return int(bool(missed))
+    threads = f", {facts['threads']} thread" if on_cpu else ""
+    print(f"{facts['cpu'] if on_cpu else facts['device']}{threads}, torch {torch.__version__}\n")
+    for name in lists:
+        for dtype in dtypes:
+            reason = workload.too_large(workload.LISTS[name], device, getattr(torch, dtype))
+            if reason:
+                document["left_out"][f"{name}, {dtype}"] = reason
+                print(f"{name}, {dtype}: left out, {reason}\n")
+                continue
+            title = f"{name}, {dtype}"
+            work = Workload(workload.LISTS[name], device, getattr(torch, dtype))
+            try:
+                result = compare(work, options.quick, seconds, lambda what, title=title: _progress(title, what))
+            except Disagreement as error:
+                sys.exit(f"{title}: {error}. No speed is reported.")
+            document["lists"].setdefault(name, {})[dtype] = result
+            print(table(title, result) + "\n", flush=True)
+            del work
+            free_memory(device)
+
+    document["bars"] = bars = judged(document["lists"], device.type)
+    for bar in bars:
+        met = {None: "not measured", True: "met", False: "MISSED"}[bar["met"]]
+        print(f"{met}: {bar['text']}" + ("" if bar["measured"] is None else f" ({bar['measured']:.3g})"))
+    path = options.json or (None if options.quick or options.lists else RESULTS / f"step-{_slug(facts['device'])}.json")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"\nwritten to {path}")
+    if all("float32" in document["lists"].get(name, {}) for name in README_LISTS):
+        print(f"\nfor README.md:\n\n{readme_table(document)}")
+    return int(any(bar["met"] is False for bar in bars))
+
+
+def _progress(title: str, what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{title}: {what}", end="\r", file=sys.stderr, flush=True)
+
+
+def _slug(name: object) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
 if __name__ == "__main__":
