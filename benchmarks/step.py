@@ -132,9 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     dtypes = options.dtype or (DTYPES[:1] if on_cpu else DTYPES)
     if on_cpu and "bfloat16" in dtypes:
-        parser.error(
-            "on the CPU only float32 can be compared: torch's fused SGD, the baseline, skips others (pytorch issue 191763)"
-        )
+        parser.error("on the CPU only float32 is compared: torch's fused SGD skips others (pytorch issue 191763)")
     lists = options.lists or (workload.QUICK if options.quick else tuple(workload.LISTS))
     seconds = min(options.seconds, 8.0) if options.quick else options.seconds
     facts = machine(device)
