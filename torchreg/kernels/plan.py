@@ -118,14 +118,14 @@ class Plan:
 
     def _quick_addresses(self, table: Any, tensors: SGDTensors) -> bool:
         """Only the gradients and buffers may have moved. Whether that is so, and all of them are contiguous."""
-        grads, buffers = tensors.grads, tensors.momentum_buffers
-        together = [*grads, *buffers]
+        buffers = list(map(Tensor.data_ptr, tensors.momentum_buffers)) or [0] * len(tensors.params)
+        moved = [] if np.array_equal(table[2], buffers) else tensors.momentum_buffers
+        together = [*tensors.grads, *moved]
         if any(map(Tensor.is_neg, together)) or not all(map(Tensor.is_contiguous, together)):
             return False
-        if any(t.dtype != self.dtype for t in together):
+        if {t.dtype for t in together} != {self.dtype}:
             return False
-        table[1] = list(map(Tensor.data_ptr, grads))
-        table[2] = list(map(Tensor.data_ptr, buffers)) if buffers else 0
+        table[1], table[2] = list(map(Tensor.data_ptr, tensors.grads)), buffers
         return True
 
     def _addresses(self, table: Any, tensors: SGDTensors) -> None:

@@ -101,9 +101,7 @@ class Arrangement:
                 self.alone.append((i, None if not chosen else rest))
         self._signatures = [_signature(step, wish) for (_, step), wish in zip(parts, wishes, strict=True)]
         self._params = [tensors.params for tensors, _ in parts]
-        self._fused = [
-            tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen
-        ]
+        self._fused = [tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen]
         self._memory = _memory(self._fused)
 
     def fits(self, parts: Sequence[Part], wishes: Sequence[Wish]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -290,13 +292,15 @@ class ProxSGD(Optimizer):
         a state for all parameters or for none.
         """
         if group["momentum"] != 0:
-            for p in tensors.params:
-                state = self.state[p]
-                buffer = state.get("momentum_buffer")
-                tensors.first.append(buffer is None)
-                if buffer is None:
-                    buffer = state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                tensors.momentum_buffers.append(buffer)
+            states = [self.state[p] for p in tensors.params]
+            buffers = [state.get("momentum_buffer") for state in states]
+            tensors.first = list(map(operator.is_, buffers, itertools.repeat(None)))
+            if any(tensors.first):
+                for i, p in enumerate(tensors.params):
+                    if buffers[i] is None:
+                        buffers[i] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                        states[i]["momentum_buffer"] = buffers[i]
+            tensors.momentum_buffers = buffers
         if count:
             positions = (i for i, p in enumerate(group["params"], start=offset) if p.grad is not None)
             tensors.seeds += [self._rounding_seed(p, i, group) for p, i in zip(tensors.params, positions, strict=True)]
@@ -313,9 +317,9 @@ class ProxSGD(Optimizer):
 
 def _rounds(group: Mapping[str, Any]) -> bool:
     """Whether the group's steps round stochastically."""
-    return (
-        group["penalty"] is not None and group["stochastic_rounding"] and any(p.dtype in HALF for p in group["params"])
-    )
+    if group["penalty"] is None or not group["stochastic_rounding"]:
+        return False
+    return not {p.dtype for p in group["params"]}.isdisjoint(HALF)
 
 
 def _number(group: Mapping[str, Any], key: str) -> float | Tensor:
