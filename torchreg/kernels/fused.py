@@ -44,9 +44,11 @@ class FusedSGD:
         self._plans = {kind: self._plans[kind] for kind in arrangement.kinds if kind in self._plans}
         for kind, chosen in arrangement.kinds.items():
             device, dtype = kind
-            size = native.PIECE_SIZE if device.type == "cpu" else triton_sgd.PIECE_SIZE
-            same = arrangement is known and kind in self._plans
-            plan = self._plans.setdefault(kind, Plan(device, dtype, size))
+            plan = self._plans.get(kind)
+            same = plan is not None and arrangement is known
+            if plan is None:
+                size = native.PIECE_SIZE if device.type == "cpu" else triton_sgd.PIECE_SIZE
+                plan = self._plans[kind] = Plan(device, dtype, size)
             here = [
                 (parts[i][0] if indices is None else parts[i][0].take(indices), parts[i][1]) for i, indices in chosen
             ]

@@ -31,7 +31,7 @@ typedef struct {
 #else
 
 typedef struct {
-    T lr, momentum, gain, decay, threshold, divisor, sign, prox_step, doubled_step;
+    T lr, momentum, gain, decay, threshold, factor, sign, prox_step, doubled_step;
     int nesterov;
 } NAME(Numbers);
 
@@ -71,7 +71,7 @@ static inline __attribute__((always_inline)) void NAME(block)(
         if (arrays && l2)
             value = value / (1 + h.doubled_step * l2[i]) + 0;
         else if (divide)
-            value = value / h.divisor + 0; /* + 0: no -0.0 */
+            value = value * h.factor + 0; /* + 0: no -0.0 */
         w[i] = value;
         zeros += value == 0;
         fresh += (value == 0) & (old != 0);
@@ -115,14 +115,14 @@ static void NAME(piece)(const Plan *plan, int64_t index)
         .gain = AT(first) ? 1 : (T)hyper[HYPER_gain],
         .decay = (T)hyper[HYPER_decay],
         .threshold = NAME(representable)(step * hyper[HYPER_l1]),
-        .divisor = (T)(1 + 2 * step * hyper[HYPER_l2]),
+        .factor = (T)(1 / (1 + 2 * step * hyper[HYPER_l2])),
         .sign = (T)hyper[HYPER_sign],
         .prox_step = (T)step,
         .doubled_step = (T)(2 * step),
         .nesterov = hyper[HYPER_nesterov] != 0,
     };
 #undef AT
-    const int plain = m && !h.nesterov && h.decay == 0 && !l1 && !l2, divide = h.divisor != 1;
+    const int plain = m && !h.nesterov && h.decay == 0 && !l1 && !l2, divide = h.factor != 1;
     counts[COUNT_zeros] = counts[COUNT_l1] = counts[COUNT_l2] = 0;
     for (int64_t i = 0; i < size; i += BLOCK) {
         const int n = size - i < BLOCK ? (int)(size - i) : BLOCK;
