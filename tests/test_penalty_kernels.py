@@ -113,7 +113,7 @@ def test_sizes_around_blocks_and_pieces_touch_nothing_else(form, dtype, shift, s
     """In memory full of NaN: what is read from it shows in a result, and what is written to it is missing."""
     needs_triton(form)
     if form == "triton" and (streamed or dtype in (torch.float64, torch.float16)):
-        pytest.skip("nothing of its own")
+        pytest.skip("writing around the cache is the CPU form's, and these dtypes run the same code")
     monkeypatch.setattr(native_penalty, "_STREAMED", 0 if streamed else 1 << 60)
     module, device = FORMS[form]
     margin, generator = 64, torch.Generator().manual_seed(0)

@@ -509,7 +509,7 @@ def test_implementations_that_do_not_exist_are_refused(kwargs):
         ProxSGD([scalar(1.0)], **kwargs)
 
 
-class HalfShrunk(L1):
+class _HalfShrunk(L1):
     """A user's own penalty, made from a known one."""
 
     def prox(self, w, step=1.0):
@@ -523,7 +523,7 @@ class HalfShrunk(L1):
 def test_a_subclass_with_its_own_prox_is_taken_at_its_word(form, size):
     p = nn.Parameter(torch.ones(size))
     p.grad = torch.zeros_like(p)
-    ProxSGD([p], lr=0.1, penalty=HalfShrunk(0.1), **form).step()
+    ProxSGD([p], lr=0.1, penalty=_HalfShrunk(0.1), **form).step()
     assert (p == 0.5).all()
     with pytest.raises(RuntimeError, match="HalfShrunk"):
-        ProxSGD([p], lr=0.1, penalty=HalfShrunk(0.1), fused=True)
+        ProxSGD([p], lr=0.1, penalty=_HalfShrunk(0.1), fused=True)
