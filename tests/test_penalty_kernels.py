@@ -10,6 +10,7 @@ import pytest
 import torch
 from optimizer_cases import parameters
 from torch import Tensor, nn
+from triton_support import require_triton
 
 from torchreg import L1, L2, ElasticNet, Regularizer
 from torchreg.kernels import native_penalty, penalties, selection, toolchain, triton_penalty
@@ -38,7 +39,7 @@ every_dtype = pytest.mark.parametrize(("form", "dtype"), DTYPES, ids=[f"{form}-{
 
 def needs_triton(form: str) -> None:
     if form == "triton":
-        pytest.importorskip("triton")
+        require_triton()
 
 
 def numbers(penalty) -> tuple[float, float]:

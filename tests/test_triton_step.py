@@ -10,13 +10,19 @@ import pytest
 import torch
 from optimizer_cases import PENALTIES, identical, parameters, set_gradients, snapshot
 from torch import Tensor
+from triton_support import require_triton
 
 from torchreg import L1, ElasticNet
 from torchreg.kernels import SGDStep, SGDTensors, reference, triton_sgd
 from torchreg.kernels.plan import COUNTS, Plan
 
-pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    require_triton()
+
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = (torch.bfloat16, torch.float16)
