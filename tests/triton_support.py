@@ -16,5 +16,5 @@ def require_triton() -> None:
     import triton
 
     numbers = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, np)]
-    if not torch.cuda.is_available() and numbers[0] < (3, 7) and numbers[1] >= (2, 5):
+    if not torch.cuda.is_available() and numbers[0] < (3, 7) and numbers[1] >= (2, 4):
         pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with numpy {np.__version__}")
