@@ -307,3 +307,16 @@ def test_a_forked_child_steps_without_hanging():
         assert identical(snapshot(ours), snapshot(theirs))
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_parameter_listed_twice_is_stepped_twice_in_turn():
+    results = []
+    for form in ({"foreach": False}, {"fused": True}):
+        p = nn.Parameter(torch.ones(1 << 17, dtype=torch.float64))
+        p.grad = torch.ones_like(p)
+        with pytest.warns(UserWarning, match="duplicate"):
+            opt = ProxSGD([p, p], lr=0.1, momentum=0.9, **form)
+        for _ in range(2):
+            opt.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)

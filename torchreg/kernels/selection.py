@@ -86,6 +86,7 @@ class Arrangement:
         positions = [
             fused_positions(tensors.params, step, *wish) for (tensors, step), wish in zip(parts, wishes, strict=True)
         ]
+        _leave_repetitions(parts, positions)
         _settle(parts, wishes, positions)
         self.kinds: dict[tuple[torch.device, torch.dtype], list[Chosen]] = {}
         self.alone: list[Chosen] = []
@@ -130,6 +131,18 @@ def _memory(params: list[Tensor]) -> tuple[list[Any], ...]:
 
 def _identical(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _leave_repetitions(parts: Sequence[Part], positions: list[list[int]]) -> None:
+    """A parameter that is listed twice is stepped twice, one after the other: not by two threads at once."""
+    seen: set[int] = set()
+    for (tensors, _), chosen in zip(parts, positions, strict=True):
+        once = []
+        for i in chosen:
+            if id(tensors.params[i]) not in seen:
+                seen.add(id(tensors.params[i]))
+                once.append(i)
+        chosen[:] = once
 
 
 def _settle(parts: Sequence[Part], wishes: Sequence[Wish], positions: list[list[int]]) -> None:
