@@ -103,10 +103,11 @@ def test_large_tensors_agree_with_torch_sgd_and_a_prox(form, hyper, penalty, sha
 
 
 @forms_and_dtypes(DTYPES[:4])
-def test_a_shrunk_away_weight_is_plus_zero(form, dtype):
+@pytest.mark.parametrize("penalty", [L1(0.1), ElasticNet(0.1, 0.2)], ids=["L1", "ElasticNet"])
+def test_a_shrunk_away_weight_is_plus_zero(form, dtype, penalty):
     p = nn.Parameter(torch.tensor([-0.01, 0.01, -0.0, 0.0], dtype=dtype))
     p.grad = torch.zeros_like(p)
-    ProxSGD([p], lr=1.0, penalty=L1(0.1), **form).step()
+    ProxSGD([p], lr=1.0, penalty=penalty, **form).step()
     assert torch.equal(p, torch.zeros_like(p))
     assert not torch.signbit(p).any()
 
