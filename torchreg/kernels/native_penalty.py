@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from torchreg.kernels import threads, toolchain
-from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable, cut
+from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable
+from torchreg.kernels.pieces import cut
 
 PIECE_SIZE = 1 << 18
 DTYPES = (torch.float32, torch.float64)

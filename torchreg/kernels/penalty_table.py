@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,14 +50,3 @@ class PenaltyTable:
         table[ROWS.index("size")] = sizes
         numbers = np.array(strengths, dtype=np.float64).reshape(-1, len(STRENGTHS)).T.copy()
         return cls(weights[0].device, weights[0].dtype, table, numbers, sizes)
-
-
-@functools.lru_cache(maxsize=32)
-def cut(sizes: tuple[int, ...], piece_size: int) -> Any:
-    """The tensor and the first element of every piece of at most ``piece_size`` elements: int64, two rows."""
-    per_tensor = -(-np.array(sizes, dtype=np.int64) // piece_size)
-    owner = np.repeat(np.arange(len(sizes)), per_tensor)
-    position = np.arange(len(owner)) - np.repeat(np.cumsum(per_tensor) - per_tensor, per_tensor)
-    pieces = np.stack([owner, position * piece_size]).astype(np.int64)
-    pieces.setflags(write=False)
-    return pieces

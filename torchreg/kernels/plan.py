@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchreg.kernels.pieces import cut
 from torchreg.kernels.problem import SGDStep, SGDTensors
 from torchreg.penalties.base import arithmetic
 from torchreg.penalties.separable import _Shrinkage
@@ -103,17 +104,14 @@ class Plan:
         return self._owners
 
     def finish(self) -> None:
-        """After the step: write back what was worked on in a copy, and tell autograd what was overwritten."""
+        """After the step: write back what was worked on in a copy."""
         for original, copy in self._copies:
             original.copy_(copy)
         self._copies = []
 
     def _cut(self, sizes: Any) -> None:
-        per_tensor = -(-sizes // self.piece_size)
-        owner = np.repeat(np.arange(len(sizes)), per_tensor)
-        position = np.arange(len(owner)) - np.repeat(np.cumsum(per_tensor) - per_tensor, per_tensor)
-        self.pieces = np.stack([owner, position * self.piece_size]).astype(np.int64)
-        self.counts = torch.zeros(len(owner), len(COUNTS), dtype=torch.float64, device=self.device)
+        self.pieces = cut(tuple(sizes.tolist()), self.piece_size)
+        self.counts = torch.zeros(self.pieces.shape[1], len(COUNTS), dtype=torch.float64, device=self.device)
         self._owners = None
 
     def _quick_addresses(self, table: Any, tensors: SGDTensors) -> bool:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable, cut
+from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable
+from torchreg.kernels.pieces import cut
 from torchreg.kernels.triton_sgd import DTYPES, unavailable
 
 __all__ = ["DTYPES", "PIECE_SIZE", "gradient", "unavailable", "value"]

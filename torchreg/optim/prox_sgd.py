@@ -223,10 +223,8 @@ class ProxSGD(Optimizer):
             parts.append((tensors, step))
             offset += len(group["params"])
         wishes = [(group["fused"], group["foreach"]) for group in self.param_groups]
-        if on_device:
-            kernels.prox_sgd(parts, wishes, self._fused, grad_scale, found_inf)
-        else:
-            kernels.prox_sgd(parts, wishes, self._fused)
+        amp = (grad_scale, found_inf) if on_device else ()
+        kernels.prox_sgd(parts, wishes, self._fused, *amp)
         return loss
 
     def step_counts(self) -> kernels.FusedSGD | None:
