@@ -583,3 +583,17 @@ def test_a_threshold_beyond_the_range_of_the_type_zeroes_what_is_finite(dtype):
     for result in (L1(1e300).prox(w), L1(1e300).prox_(w.clone())):
         assert result[:2].tolist() == [0, 0]
         assert torch.isinf(result[2])
+
+
+@every_penalty
+def test_the_weights_of_a_rule_together_are_each_by_itself_unless_the_penalty_is_joint(case):
+    weights = [some_weights(3, 4), some_weights(5, dtype=torch.float32)]
+    steps = (0.3, torch.rand(5, dtype=torch.float32))
+    penalty = case.penalty()
+    expected = [penalty.prox(w, step) for w, step in zip(weights, steps, strict=True)]
+    assert not penalty.is_joint
+    assert penalty.prox_all_(weights, steps) is None
+    assert all(map(torch.equal, weights, expected))
+    with pytest.raises(ValueError, match="Expected one step for each of 2 weights, got 1"):
+        penalty.prox_all_(weights, steps[:1])
+    assert all(map(torch.equal, weights, expected))

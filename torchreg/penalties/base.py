@@ -7,7 +7,7 @@ import dataclasses
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -113,6 +113,13 @@ def host_scalar(value: float | Tensor) -> float | Tensor:
     return value
 
 
+def paired(weights: Sequence[Tensor], steps: Sequence[Step]) -> list[tuple[Tensor, Step]]:
+    """Each weight with its step, or raise ``ValueError``."""
+    if len(weights) != len(steps):
+        raise ValueError(f"Expected one step for each of {len(weights)} weights, got {len(steps)}.")
+    return list(zip(weights, steps, strict=True))
+
+
 def broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     """Whether a tensor of ``shape`` broadcasts to exactly ``target``."""
     try:
@@ -132,6 +139,9 @@ class Penalty(ABC):
     """
 
     type_name: ClassVar[str]
+    has_gradient: ClassVar[bool] = True
+    """Whether `grad` says where to go: if not, only a proximal optimizer can apply the penalty."""
+
     _strength_names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -189,6 +199,23 @@ class Penalty(ABC):
     def prox_(self, w: Tensor, step: Step = 1.0) -> Tensor:
         """Overwrite ``w`` with ``prox(w, step)`` and return it. Not recorded by autograd."""
         return w.copy_(self.prox(w, step))
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the weights of a rule act on each other, so that they must be given to `prox_all_` together."""
+        return False
+
+    @torch.no_grad()
+    def prox_all_(self, weights: Sequence[Tensor], steps: Sequence[Step]) -> None:
+        """Overwrite all weights of one rule with the proximal operator of their joint penalty.
+
+        ``steps`` holds one step for each weight. Unless the penalty `is_joint` this is `prox_` on each weight.
+
+        Raises:
+            ValueError: if there are not as many steps as weights.
+        """
+        for w, step in paired(weights, steps):
+            self.prox_(w, step)
 
     @classmethod
     def strength_names(cls) -> tuple[str, ...]:
