@@ -1,10 +1,11 @@
 # Each target makes the virtual environment in .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
+MNIST ?= mnist.npz
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
@@ -23,6 +24,10 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py
+
+# Up to an hour and a half. MNIST=path/to/mnist.npz says where the images are.
+bench-quality: $(VENV)/.bench
+	$(BIN)/python benchmarks/lenet.py --data $(MNIST)
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
