@@ -1,6 +1,6 @@
 """torchreg: L1, L2, Elastic Net and exact zeros for any PyTorch module."""
 
-from torchreg import penalties, rules
+from torchreg import penalties, rules, schedules
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
 from torchreg.optim import ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
@@ -19,6 +19,7 @@ __all__ = [
     "kkt_residual",
     "penalties",
     "rules",
+    "schedules",
     "sparsity",
     "strength_max",
 ]

@@ -158,9 +158,10 @@ class Regularizer(nn.Module):
     def param_groups(self) -> list[dict[str, Any]]:
         """One param group per penalty, and one for what is left alone: for a proximal optimizer.
 
-        Each holds ``params``, ``penalty`` and ``strength_scale`` (this regularizer's own tensor). Optimizers of torch
-        keep keys that they do not know and ignore them: ``torch.optim.Adam(reg.param_groups())`` penalises nothing
-        until `attach` is called on it.
+        Each holds ``params``, ``penalty``, ``strength_scale`` (this regularizer's own tensor) and, beside a penalty,
+        the rule's key as its ``name``, by which a schedule may choose groups. Optimizers of torch keep keys that they
+        do not know and ignore them: ``torch.optim.Adam(reg.param_groups())`` penalises nothing until `attach` is called
+        on it.
 
         Raises:
             RuntimeError: if the model's parameters are no longer those that the rules were applied to.
@@ -171,7 +172,8 @@ class Regularizer(nn.Module):
             key = None if a.penalty is None else (a.rule_index, a.penalty)
             if key not in groups:
                 penalty = a.penalty and a.penalty.to(a.parameter.device)
-                groups[key] = {"params": [], "penalty": penalty, "strength_scale": self.strength_scale}
+                name = {} if penalty is None else {"name": a.rule.strip("'") if a.rule[:1] == "'" else a.rule}
+                groups[key] = {"params": [], "penalty": penalty, "strength_scale": self.strength_scale, **name}
             groups[key]["params"].append(a.parameter)
         order = sorted(groups, key=lambda key: (key is None, key and key[0]))
         return [groups[key] for key in order]
