@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from workload import Workload
 
 from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer
-from torchreg.kernels import selection, triton_sgd
+from torchreg.kernels import selection, triton_step
 from torchreg.penalties import Penalty
 
 LR, MOMENTUM, STRENGTH = 0.1, 0.9, 0.01
@@ -204,7 +204,7 @@ def no_compiler(work: Workload) -> str | None:
     if len(work.params) > MOST_COMPILED:
         return f"compiling {len(work.params)} tensors takes minutes"
     if work.device.type == "cuda":
-        return triton_sgd.unavailable()
+        return triton_step.unavailable()
     found = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
     return None if found else "no C++ compiler"
 

@@ -17,7 +17,7 @@ from optimizer_cases import (
 from torch import nn
 
 from torchreg import L1, ElasticNet
-from torchreg.kernels import triton_sgd
+from torchreg.kernels import triton_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -31,7 +31,7 @@ def on_gpu(params: list[nn.Parameter]) -> list[nn.Parameter]:
 
 @optimizers_and_hyperparameters
 @penalties
-@forms_and_dtypes([torch.float64, torch.float32, torch.bfloat16, torch.complex64], fused=triton_sgd.DTYPES)
+@forms_and_dtypes([torch.float64, torch.float32, torch.bfloat16, torch.complex64], fused=triton_step.DTYPES)
 def test_results_are_those_of_the_cpu(case, hyper, penalty, form, dtype):
     params = parameters(dtype)
     moved = on_gpu(params)

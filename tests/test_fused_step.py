@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg import L1, L2, ElasticNet, ProxSGD
-from torchreg.kernels import FusedSGD, SGDStep, SGDTensors, native, prox_sgd, reference
+from torchreg.kernels import SGD, FusedSteps, SGDStep, SGDTensors, native, proximal_step, reference
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no kernel: {native.unavailable()}")
 
@@ -113,10 +113,10 @@ def assert_agrees(weights, step, grads=None, momentum=None, steps=3, threads=1):
         guarded = [Poisoned(weights), Poisoned(grads), Poisoned(buffers if step.momentum else [])]
         w, g, m = (p.tensors for p in guarded)
         expected = [t.clone() for t in w], [t.clone() for t in g], [t.clone() for t in m]
-        fused = FusedSGD()
+        fused = FusedSteps(SGD)
         for _ in range(steps):
             with using(threads):
-                prox_sgd([(SGDTensors(w, g, m, first if m else []), step)], [(True, None)], fused)
+                proximal_step(SGD, [(SGDTensors(w, g, m, first if m else []), step)], [(True, None)], fused)
             reference.prox_sgd(SGDTensors(*expected, first if m else []), step)
             first = [False] * len(first)
         for got, wanted in zip((w, g, m), expected, strict=True):

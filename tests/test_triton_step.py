@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_support import require_triton
 
 from torchreg import L1, ElasticNet
-from torchreg.kernels import SGDStep, SGDTensors, reference, triton_sgd
+from torchreg.kernels import SGDStep, SGDTensors, reference, triton_step
 from torchreg.kernels.plan import COUNTS, Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
@@ -59,14 +59,14 @@ def given(dtype: torch.dtype, momentum: bool, device: torch.device = DEVICE, see
     for buffer, fresh in zip(buffers, first, strict=True):
         if fresh:
             buffer.zero_()
-    return SGDTensors(params, grads, buffers, first, [1000 * i + 7 for i in range(len(params))])
+    return SGDTensors(params, grads, buffers, first, seeds=[1000 * i + 7 for i in range(len(params))])
 
 
 def launch(parts, plan: Plan | None = None, **amp) -> Plan:
     tensors = parts[0][0]
-    plan = plan or Plan(DEVICE, tensors.params[0].dtype, triton_sgd.PIECE_SIZE)
+    plan = plan or Plan(DEVICE, tensors.params[0].dtype, triton_step.PIECE_SIZE)
     plan.update(parts)
-    triton_sgd.run(plan, **amp)
+    triton_step.run("prox_sgd", plan, **amp)
     plan.finish()
     return plan
 
@@ -102,7 +102,7 @@ def test_stochastic_rounding_gives_the_references_bits(dtype):
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
 def test_sizes_around_blocks_and_pieces_write_nothing_else(dtype, shift):
     """In memory full of NaN, at addresses that threads can read 16 bytes from and others."""
-    block, piece = triton_sgd._BLOCK, triton_sgd.PIECE_SIZE
+    block, piece = triton_step._BLOCK, triton_step.PIECE_SIZE
     margin = 64
     generator = torch.Generator().manual_seed(0)
 
@@ -116,8 +116,8 @@ def test_sizes_around_blocks_and_pieces_write_nothing_else(dtype, shift):
     placed_params, placed_buffers = [placed(s) for s in sizes], [placed(s) for s in sizes]
     params, buffers = [v for _, v in placed_params], [v for _, v in placed_buffers]
     grads = [placed(s)[1] for s in sizes]
-    ours = SGDTensors(params, grads, buffers, [False] * len(sizes), list(range(len(sizes))))
-    theirs = SGDTensors(snapshot(params), grads, snapshot(buffers), ours.first, ours.seeds)
+    ours = SGDTensors(params, grads, buffers, [False] * len(sizes), seeds=list(range(len(sizes))))
+    theirs = SGDTensors(snapshot(params), grads, snapshot(buffers), ours.first, seeds=ours.seeds)
     step = a_step(L1(0.3), momentum=0.9)
     launch([(ours, step)])
     reference.prox_sgd(theirs, step)
@@ -199,13 +199,13 @@ def test_tables_are_sent_only_when_they_have_changed():
 def test_numbers_that_live_on_the_device_are_read_there():
     step = a_step(L1(0.3), lr=torch.tensor(0.05), prox_step=torch.tensor(0.2))
     ours, theirs = (given(torch.float32, False) for _ in range(2))
-    plan = Plan(DEVICE, torch.float32, triton_sgd.PIECE_SIZE)
+    plan = Plan(DEVICE, torch.float32, triton_step.PIECE_SIZE)
     plan.update([(ours, step)])
     for row, column, value in ((0, 0, step.lr), (0, 4, step.prox_step)):
         plan.hypers[row, column] = torch.nan  # what the host knows of them
         plan.traced.append((row, column, value.to(DEVICE)))
-    plan.seeds[1] = torch.tensor(5, device=DEVICE)
-    triton_sgd.run(plan)
+    plan.late["seed"] = [torch.tensor(5, device=DEVICE) if i == 1 else s for i, s in enumerate(ours.seeds)]
+    triton_step.run("prox_sgd", plan)
     plan.finish()
     reference.prox_sgd(theirs, a_step(L1(0.3), lr=0.05, prox_step=0.2))
     assert_equal(ours, theirs)
@@ -217,22 +217,22 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from torchreg.kernels import triton_kernels, triton_sgd
+from torchreg.kernels import triton_prox_sgd, triton_step
 
 types = dict(table="*i64", tensors="i32", pieces="*i64", count="i32", hypers="*fp64", counts="*fp64")
 types |= dict(grad_scale="*fp32", found_inf="*fp32")
 for dtype, compute in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float64, tl.float64)):
     constants = dict(DTYPE=dtype, COMPUTE=compute, LARGEST=3.4e38, SCALED=True, GUARDED=True, ALIGNED=True)
-    constants |= dict(PIECE=triton_sgd.PIECE_SIZE, BLOCK=triton_sgd._BLOCK)
+    constants |= dict(PIECE=triton_step.PIECE_SIZE, BLOCK=triton_step._BLOCK)
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     positions = {name: (i,) for i, name in enumerate(signature)}
     source = ASTSource(
-        triton_kernels.prox_sgd,
+        triton_prox_sgd.prox_sgd,
         signature=signature,
         constexprs={positions[name]: value for name, value in constants.items()},
         attrs={positions[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_sgd._WARPS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_step._WARPS})
     wide = "v2.b64" if dtype == tl.float64 else "v4.b32"
     print(len(re.findall(rf"ld\\.global\\.{wide}", compiled.asm["ptx"])), len(compiled.asm["cubin"]) > 0)
 """

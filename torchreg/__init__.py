@@ -2,7 +2,7 @@
 
 from torchreg import penalties, rules, schedules
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
-from torchreg.optim import ProxSGD
+from torchreg.optim import ProxAdamW, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import L1, L2, ElasticNet
 from torchreg.regularizer import Regularizer
@@ -12,6 +12,7 @@ __all__ = [
     "L1",
     "L2",
     "ElasticNet",
+    "ProxAdamW",
     "ProxSGD",
     "Regularizer",
     "SparsityMonitor",

@@ -59,12 +59,12 @@ def diagnosis() -> dict[str, Any]:
 def _device(device: torch.device) -> dict[str, Any]:
     import torch
 
-    from torchreg.kernels import native, selection, triton_sgd
+    from torchreg.kernels import native, selection, triton_step
 
     on_cpu = device.type == "cpu"
     missing = selection.unavailable(device)
     language, dtypes, smallest = (
-        ("C", native.DTYPES, selection.SMALLEST) if on_cpu else ("Triton", triton_sgd.DTYPES, 0)
+        ("C", native.DTYPES, selection.SMALLEST) if on_cpu else ("Triton", triton_step.DTYPES, 0)
     )
     eager = "tiled" if on_cpu else "foreach"
     return {

@@ -12,37 +12,46 @@ from torchreg.kernels import foreach as _foreach
 from torchreg.kernels import reference as _reference
 from torchreg.kernels import selection
 from torchreg.kernels import tiled as _tiled
-from torchreg.kernels.fused import FusedSGD
+from torchreg.kernels.adam import prox_adam
+from torchreg.kernels.fused import FusedSteps
 from torchreg.kernels.penalties import added_gradients, gradients, total_value
 from torchreg.kernels.plan import COUNTS, Part
-from torchreg.kernels.problem import SGDStep, SGDTensors
+from torchreg.kernels.problem import AdamStep, AdamTensors, SGDStep, SGDTensors, Update
+from torchreg.kernels.proximal import shrink
 from torchreg.kernels.selection import Wish
 
 __all__ = [
+    "ADAM",
     "COUNTS",
-    "FusedSGD",
+    "SGD",
+    "AdamStep",
+    "AdamTensors",
+    "FusedSteps",
     "SGDStep",
     "SGDTensors",
+    "Update",
     "added_gradients",
     "gradients",
-    "prox_sgd",
+    "proximal_step",
     "selection",
+    "shrink",
     "total_value",
 ]
 
 
-def prox_sgd(
+def proximal_step(
+    update: Update,
     parts: Sequence[Part],
     wishes: Sequence[Wish],
-    fused: FusedSGD,
+    fused: FusedSteps,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One proximal SGD step of all param groups, in place.
+    """One proximal step of all param groups, in place.
 
     Where ``fused`` and ``foreach`` are None, fused steps are taken for all groups if one of them has a penalty and
-    the device has them; without any penalty the arithmetic is torch.optim.SGD's, to the last bit. ``grad_scale`` and
-    ``found_inf`` are for fused steps on a GPU.
+    the device has them; without any penalty the arithmetic is that of torch's optimizer, to the last bit.
+    ``grad_scale`` and ``found_inf`` are for fused steps on a GPU.
 
     Raises:
         RuntimeError: if an implementation was asked for that can't be had; nothing is changed then.
@@ -55,11 +64,11 @@ def prox_sgd(
         alone = fused.step(parts, wishes, grad_scale, found_inf)
     for i, indices in alone:
         tensors, step = parts[i]
-        _eager(tensors if indices is None else tensors.take(indices), step, wishes[i][1])
+        update.eager(tensors if indices is None else tensors.take(indices), step, wishes[i][1])
 
 
-def _eager(tensors: SGDTensors, step: SGDStep, foreach: bool | None) -> None:
-    """Without fused kernels: multi-tensor operations, tiles through the cache, or the plain loop (False).
+def _prox_sgd(tensors: SGDTensors, step: SGDStep, foreach: bool | None) -> None:
+    """Multi-tensor operations, tiles through the cache, or the plain loop (False).
 
     ``foreach=None`` takes the multi-tensor form where all tensors are native ones on an accelerator, as torch.optim
     does, and elsewhere the tiled one where there is a penalty.
@@ -74,3 +83,7 @@ def _eager(tensors: SGDTensors, step: SGDStep, foreach: bool | None) -> None:
         _tiled.prox_sgd(tensors, step)
     else:
         _reference.prox_sgd(tensors, step)
+
+
+SGD = Update("prox_sgd", SGDTensors, SGDStep, _prox_sgd)
+ADAM = Update("prox_adam", AdamTensors, AdamStep, prox_adam)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchreg.kernels import reference, tiled
 from torchreg.kernels.penalties import shrinkage
 from torchreg.kernels.problem import SGDStep, SGDTensors
+from torchreg.kernels.rounding import HALF
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import representable
 
@@ -25,7 +26,7 @@ def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:
         parts.setdefault((param.device, param.dtype), []).append(i)
     for (device, dtype), indices in parts.items():
         part = tensors.take(indices)
-        if dtype in reference.HALF and (step.penalty is not None or isinstance(step.lr, Tensor)):
+        if dtype in HALF and (step.penalty is not None or isinstance(step.lr, Tensor)):
             reference.prox_sgd(part, step)
         elif device.type == "cpu" and step.penalty is not None and not torch.compiler.is_compiling():
             tiled.prox_sgd(part, step)

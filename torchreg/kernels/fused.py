@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchreg.kernels import native, triton_sgd
+from torchreg.kernels import native, triton_step
 from torchreg.kernels.plan import COUNTS, Part, Plan
+from torchreg.kernels.problem import Update
 from torchreg.kernels.selection import Arrangement, Chosen, Wish
 
 
-class FusedSGD:
+class FusedSteps:
     """The fused steps of one optimizer, with the plans that they keep from one step to the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, update: Update) -> None:
+        self._update = update
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
         self._arrangement: Arrangement | None = None
 
@@ -39,7 +41,8 @@ class FusedSGD:
         self._arrangement = None  # until all is done
         for i, indices in (chosen for kind in arrangement.kinds.values() for chosen in kind):
             tensors = parts[i][0] if indices is None else parts[i][0].take(indices)
-            torch.autograd.graph.increment_version([*tensors.params, *tensors.momentum_buffers])  # may raise
+            changed = [*tensors.params, *(t for buffers in tensors.buffers().values() for t in buffers)]
+            torch.autograd.graph.increment_version(changed)  # may raise
         # counts are of this step
         self._plans = {kind: self._plans[kind] for kind in arrangement.kinds if kind in self._plans}
         for kind, chosen in arrangement.kinds.items():
@@ -47,17 +50,22 @@ class FusedSGD:
             plan = self._plans.get(kind)
             same = plan is not None and arrangement is known
             if plan is None:
-                size = native.PIECE_SIZE if device.type == "cpu" else triton_sgd.PIECE_SIZE
-                plan = self._plans[kind] = Plan(device, dtype, size)
+                size = native.PIECE_SIZE if device.type == "cpu" else triton_step.PIECE_SIZE
+                plan = self._plans[kind] = Plan(device, dtype, size, self._update.step)
             here = [
                 (parts[i][0] if indices is None else parts[i][0].take(indices), parts[i][1]) for i, indices in chosen
             ]
+            for tensors, _ in here:
+                tensors.advance()
             plan.update(here, same)
             if device.type == "cpu":
-                native.run(plan)
+                native.run(self._update.name, plan)
             else:
-                triton_sgd.run(plan, grad_scale, found_inf)
+                triton_step.run(self._update.name, plan, grad_scale, found_inf)
             plan.finish()
+            if found_inf is not None:
+                for tensors, _ in here:
+                    tensors.withdraw(found_inf)
         self._arrangement = arrangement
         return arrangement.alone
 

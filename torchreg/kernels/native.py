@@ -1,4 +1,4 @@
-"""The proximal SGD step on the CPU, compiled from C: one pass over memory, with the zeros counted on the way."""
+"""Proximal steps on the CPU, compiled from C: one pass over memory, with the zeros counted on the way."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from torchreg.kernels import threads, toolchain
-from torchreg.kernels.plan import COLUMNS, COUNTS, HYPERS, Plan
+from torchreg.kernels.plan import COLUMNS, COUNTS, Plan
+from torchreg.kernels.problem import AdamStep, SGDStep
 
 PIECE_SIZE = 1 << 18
 DTYPES = (torch.float32, torch.float64)
 
-_SOURCE = Path(__file__).with_name("prox_sgd.c")
+_STEPS: dict[str, type[SGDStep] | type[AdamStep]] = {"prox_sgd": SGDStep, "prox_adam": AdamStep}
+_SHARED = "step.h"
 
 
 class _Plan(ctypes.Structure):
@@ -32,21 +34,20 @@ class _Plan(ctypes.Structure):
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why there is no compiled kernel on this machine, or None. Builds it, once."""
+    """Why there are no compiled steps on this machine, or None. Builds one, once."""
     try:
-        toolchain.library("prox_sgd", _source())
+        _library("prox_sgd")
     except toolchain.Unavailable as reason:
         return str(reason)
     return None
 
 
-def run(plan: Plan) -> None:
-    """One step of every tensor of the plan."""
+def run(name: str, plan: Plan) -> None:
+    """One step of every tensor of the plan, by the kernel of this name (as in `Update`)."""
     count = plan.pieces.shape[1]
     if not count:
         return
-    library = toolchain.library("prox_sgd", _source())
-    function = library.prox_sgd_float32 if plan.dtype == torch.float32 else library.prox_sgd_float64
+    function = getattr(_library(name), f"{name}_{str(plan.dtype).removeprefix('torch.')}")
     plan.hypers = np.ascontiguousarray(plan.hypers)
     view = _Plan(
         plan.table.ctypes.data,
@@ -61,12 +62,18 @@ def run(plan: Plan) -> None:
     threads.run(function, ctypes.byref(view), sizes, plan.pieces, plan.piece_size)
 
 
+def _library(name: str) -> ctypes.CDLL:
+    return toolchain.library(name, _source(name))
+
+
 @functools.cache
-def _source() -> str:
-    names = {"COLUMN": COLUMNS, "HYPER": HYPERS, "COUNT": COUNTS}
+def _source(name: str) -> str:
+    """The names of columns (COLUMN_w, HYPER_lr, COUNT_zeros, ...), what steps share, and the kernel."""
+    names = {"COLUMN": COLUMNS, "HYPER": _STEPS[name].HYPERS, "COUNT": COUNTS}
     enums = "".join(
-        f"enum {{ {', '.join(f'{prefix}_{name}' for name in entries)}, {prefix}S }};\n"
+        f"enum {{ {', '.join(f'{prefix}_{entry}' for entry in entries)}, {prefix}S }};\n"
         for prefix, entries in names.items()
     )
-    guard = "#ifndef T\n" + enums + "#endif\n"
-    return guard + _SOURCE.read_text(encoding="utf-8")
+    folder = Path(__file__).parent
+    texts = ((folder / file).read_text(encoding="utf-8") for file in (_SHARED, f"{name}.c"))
+    return "\n".join(("#ifndef T", enums, "#endif", *texts))

@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels.pieces import cut
-from torchreg.kernels.problem import SGDStep, SGDTensors
+from torchreg.kernels.problem import AdamStep, SGDStep, Tensors
 from torchreg.penalties.base import arithmetic
 from torchreg.penalties.separable import _Shrinkage
 from torchreg.penalties.tiles import is_dense
 
-COLUMNS = ("w", "g", "m", "size", "l1", "l2", "seed", "group", "first")
-"""int64, per tensor: addresses (0: none), elements, the row of its hyperparameters, whether its momentum is fresh."""
+COLUMNS = ("w", "g", "m", "v", "x", "size", "l1", "l2", "seed", "group", "first", "step")
+"""int64, per tensor: addresses (0: none), elements, the row of its hyperparameters, whether its momentum is fresh, and
+the number of the step. ``m`` is the momentum or first moment, ``v`` and ``x`` are Adam's second one and its maximum."""
 
-HYPERS = ("lr", "momentum", "gain", "decay", "prox_step", "l1", "l2", "sign", "nesterov", "rounds")
-"""float64, per param group; ``gain`` is 1 − dampening, ``sign`` −1 to maximise."""
+ADDRESSES = 5
+"""The first columns: of the weights, the gradients and the optimizer's buffers."""
 
 COUNTS = ("zeros", "new", "revived", "l1", "l2")
 """float64, per piece: zeros, newly zero, revived, Σ|w| and Σw². New and revived add up until they are taken."""
 
-Part = tuple[SGDTensors, SGDStep]
+Part = tuple[Any, Any]
+"""The tensors and the step of a param group: `SGDTensors` with an `SGDStep`, or Adam's."""
 
 
 class Plan:
@@ -34,24 +36,30 @@ class Plan:
     Attributes:
         params: the parameters, in the order of the table's columns.
         table: int64, a row for each of `COLUMNS`, a column per tensor.
-        hypers: float64, a row per param group, a column for each of `HYPERS`.
+        hypers: float64, a row per param group, a column for each of the step's ``HYPERS``.
         pieces: int64, the tensor and the first element of every piece of at most ``piece_size`` elements.
         counts: float64, a row per piece, a column for each of `COUNTS`.
         traced: hyperparameters that are tensors on a device, as (row, column, tensor): the host does not read them.
-        seeds: of stochastic rounding, per tensor; the table holds those that are numbers.
+        late: columns of the table some of whose entries are tensors on a device, by name.
         uploads: a device's copies of these arrays, by name, each with the array that it is a copy of.
         captured: host memory that a captured graph copies from.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, piece_size: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        piece_size: int,
+        step: type[SGDStep] | type[AdamStep] = SGDStep,
+    ) -> None:
         self.device, self.dtype, self.piece_size = device, dtype, piece_size
         self.params: list[Tensor] = []
         self.table = np.zeros((len(COLUMNS), 0), dtype=np.int64)
-        self.hypers = np.zeros((0, len(HYPERS)))
+        self.hypers = np.zeros((0, len(step.HYPERS)))
         self.pieces = np.zeros((2, 0), dtype=np.int64)
         self.counts = torch.zeros(0, len(COUNTS), dtype=torch.float64, device=device)
         self.traced: list[tuple[int, int, Tensor]] = []
-        self.seeds: list[int | Tensor] = []
+        self.late: dict[str, list[int | Tensor]] = {}
         self.uploads: dict[str, tuple[Any, Tensor]] = {}
         self.captured: list[Tensor] = []
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
@@ -67,14 +75,15 @@ class Plan:
             parts: the tensors of each param group that are of this plan's device and dtype.
             same: whether the parameters and their memory are those of the last update.
         """
-        self._copies, self.traced, self.seeds = [], [], []
+        self._copies, self.traced, self.late = [], [], {}
         params = self.params if same else [p for tensors, _ in parts for p in tensors.params]
         n = len(params)
         table = self.table.copy() if same else np.zeros((len(COLUMNS), n), dtype=np.int64)
         table[COLUMNS.index("l1")] = table[COLUMNS.index("l2")] = 0
         quick = same and self._contiguous
         self._contiguous = True
-        self.hypers = np.zeros((len(parts), len(HYPERS)))
+        self.hypers = np.zeros((len(parts), self.hypers.shape[1]))
+        columns: dict[str, list[Any]] = {}
         start = 0
         for row, (tensors, step) in enumerate(parts):
             here = slice(start, start + len(tensors.params))
@@ -83,15 +92,16 @@ class Plan:
             self._hyperparameters(row, step)
             self._strength_addresses(table[:, here], tensors.params, step)
             table[COLUMNS.index("group"), here] = row
-            damped = step.dampening != 0  # else a fresh buffer, all zeros, needs no care, and the table stays as it is
-            table[COLUMNS.index("first"), here] = tensors.first if damped and tensors.first else 0
-            if tensors.seeds:
-                self.seeds += [0] * (start - len(self.seeds)) + tensors.seeds
+            for name, values in {"seed": tensors.seeds, **step.columns(tensors)}.items():
+                if values:
+                    columns.setdefault(name, [0] * n)[here] = values
             start = here.stop
-        if self.seeds:
-            self.seeds += [0] * (n - len(self.seeds))
-        if self.seeds and not any(isinstance(seed, Tensor) for seed in self.seeds):
-            table[COLUMNS.index("seed")] = np.array(self.seeds, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
+        for name in ("seed", "first", "step"):
+            values = columns.get(name, [])
+            if any(isinstance(value, Tensor) for value in values):
+                self.late[name] = values
+            else:
+                table[COLUMNS.index(name)] = np.array(values, dtype=np.uint64) & np.uint64(0xFFFFFFFF) if values else 0
         sizes, known = table[COLUMNS.index("size")], self.table[COLUMNS.index("size")]
         if not same and not (_identical(self.params, params) and np.array_equal(sizes, known)):
             self._cut(sizes)
@@ -114,36 +124,42 @@ class Plan:
         self.counts = torch.zeros(self.pieces.shape[1], len(COUNTS), dtype=torch.float64, device=self.device)
         self._owners = None
 
-    def _quick_addresses(self, table: Any, tensors: SGDTensors) -> bool:
+    def _quick_addresses(self, table: Any, tensors: Tensors) -> bool:
         """Only the gradients and buffers may have moved. Whether that is so, and all of them are contiguous."""
-        buffers = list(map(Tensor.data_ptr, tensors.momentum_buffers)) or [0] * len(tensors.params)
-        moved = [] if np.array_equal(table[2], buffers) else tensors.momentum_buffers
-        together = [*tensors.grads, *moved]
+        together, rows = [*tensors.grads], {1: list(map(Tensor.data_ptr, tensors.grads))}
+        for name, buffers in tensors.buffers().items():
+            row = COLUMNS.index(name)
+            rows[row] = list(map(Tensor.data_ptr, buffers)) or [0] * len(tensors.params)
+            if not np.array_equal(table[row], rows[row]):
+                together += buffers
         if any(map(Tensor.is_neg, together)) or not all(map(Tensor.is_contiguous, together)):
             return False
         if {t.dtype for t in together} != {self.dtype}:
             return False
-        table[1], table[2] = list(map(Tensor.data_ptr, tensors.grads)), buffers
+        for row, addresses in rows.items():
+            table[row] = addresses
         return True
 
-    def _addresses(self, table: Any, tensors: SGDTensors) -> None:
+    def _addresses(self, table: Any, tensors: Tensors) -> None:
         """Where the tensors are. What is not laid out like its parameter, or not dense, is worked on in a copy."""
-        weights, grads, buffers = [], [], []
+        buffers = {name: entries for name, entries in tensors.buffers().items() if entries}
         for i, p in enumerate(tensors.params):
             g = tensors.grads[i]
-            m = tensors.momentum_buffers[i] if tensors.momentum_buffers else None
             w = p if p.is_contiguous() or is_dense(p) else self._copied(p, "w", p)
             stride = w.stride()
             self._contiguous &= p.is_contiguous()
             if g.stride() != stride or g.dtype != self.dtype or g.is_neg():  # a view that is negated when it is read
                 g = self._room(p, "g", w).copy_(g)
-            if m is not None and (m.stride() != stride or m.dtype != self.dtype):
-                m = self._copied(p, "m", m, w)
-            weights.append(w.data_ptr())
-            grads.append(g.data_ptr())
-            buffers.append(0 if m is None else m.data_ptr())
-        table[0], table[1], table[2] = weights, grads, buffers
-        table[3] = [p.numel() for p in tensors.params]
+            table[0, i], table[1, i] = w.data_ptr(), g.data_ptr()
+            for name, entries in buffers.items():
+                m = entries[i]
+                if m.stride() != stride or m.dtype != self.dtype:
+                    m = self._copied(p, name, m, w)
+                table[COLUMNS.index(name), i] = m.data_ptr()
+        for name in COLUMNS[2:ADDRESSES]:
+            if name not in buffers:
+                table[COLUMNS.index(name)] = 0
+        table[COLUMNS.index("size")] = [p.numel() for p in tensors.params]
 
     def _copied(self, p: Tensor, role: str, original: Tensor, like: Tensor | None = None) -> Tensor:
         original = original.detach()
@@ -160,21 +176,9 @@ class Plan:
             room = self._rooms[id(p), role] = torch.empty_like(like, device=self.device, requires_grad=False)
         return room
 
-    def _hyperparameters(self, row: int, step: SGDStep) -> None:
+    def _hyperparameters(self, row: int, step: SGDStep | AdamStep) -> None:
         l1, l2 = step.penalty.parts() if isinstance(step.penalty, _Shrinkage) else (0.0, 0.0)
-        values = {
-            "lr": step.lr,
-            "momentum": step.momentum,
-            "gain": 1 - step.dampening,
-            "decay": step.weight_decay,
-            "prox_step": step.prox_step,
-            "l1": l1,
-            "l2": l2,
-            "sign": -1.0 if step.maximize else 1.0,
-            "nesterov": float(step.nesterov),
-            "rounds": float(step.stochastic_rounding and step.penalty is not None),
-        }
-        for column, value in enumerate(values.values()):
+        for column, value in enumerate(step.hypers(l1, l2)):
             if not isinstance(value, Tensor):
                 self.hypers[row, column] = value
             elif value.ndim and value.numel() != 1:
@@ -184,7 +188,7 @@ class Plan:
             else:
                 self.traced.append((row, column, value.detach().reshape(())))
 
-    def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep) -> None:
+    def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep | AdamStep) -> None:
         """Strengths of each coordinate, laid out like the weight; kept while they and the weight stay the same."""
         if not isinstance(step.penalty, _Shrinkage):
             return

@@ -1,52 +1,14 @@
-/* The proximal SGD step over many tensors in one pass over memory.
+/* The proximal SGD step over many tensors in one pass over memory. */
 
-   It must agree with reference.py, which is the specification. Compiled without -ffast-math: NaN stays NaN, inf stays
-   inf, and what is shrunk away is +0.0, because it is x - x. The names of columns (COLUMN_w, HYPER_lr, COUNT_zeros, ...)
-   are put before this text by native.py, from plan.py. The file includes itself, once for each type T. */
-
-#ifndef T
-
-#include <stdint.h>
-
-enum { BLOCK = 1024 };
-
-typedef struct {
-    const int64_t *table;  /* COLUMNS rows of `tensors` entries */
-    int64_t tensors;
-    const int64_t *pieces; /* the tensor of each piece, then the first element of each */
-    int64_t count, piece_size;
-    const double *hypers;
-    double *counts;
-} Plan;
-
-#define T float
-#define NAME(x) x##_float32
-#include __FILE__
-#undef T
-#undef NAME
-#define T double
-#define NAME(x) x##_float64
-#include __FILE__
-
-#else
+#ifdef T
 
 typedef struct {
     T lr, momentum, gain, decay, threshold, factor, sign, prox_step, doubled_step;
     int nesterov;
 } NAME(Numbers);
 
-/* The sums of a block whose squares leave the range of T, which a sum in T would lose. */
-static __attribute__((noinline)) void NAME(wide_sums)(const T *w, int n, double *counts)
-{
-    for (int i = 0; i < n; i++) {
-        const double value = w[i];
-        counts[COUNT_l1] += value < 0 ? -value : value;
-        counts[COUNT_l2] += value * value;
-    }
-}
-
 /* The flags are constants where this is called, so that each call becomes a loop without branches. */
-static inline __attribute__((always_inline)) void NAME(block)(
+INLINE void NAME(block)(
     T *restrict w, const T *restrict g, T *restrict m, const T *l1, const T *l2, int n, const NAME(Numbers) h,
     double *counts, const int momentum, const int nesterov, const int decay, const int divide, const int arrays)
 {
@@ -65,9 +27,7 @@ static inline __attribute__((always_inline)) void NAME(block)(
         }
         const T moved = old - h.lr * u;
         const T threshold = arrays && l1 ? h.prox_step * l1[i] : h.threshold;
-        T clamped = moved > threshold ? threshold : moved;
-        clamped = clamped < -threshold ? -threshold : clamped;
-        T value = moved - clamped;
+        T value = NAME(thresholded)(moved, threshold);
         if (arrays && l2)
             value = value / (1 + h.doubled_step * l2[i]) + 0;
         else if (divide)
@@ -79,33 +39,17 @@ static inline __attribute__((always_inline)) void NAME(block)(
         sum += value < 0 ? -value : value;
         squares += value * value;
     }
-    counts[COUNT_zeros] += zeros;
-    counts[COUNT_new] += fresh;
-    counts[COUNT_revived] += revived;
-    if (sum > 0 && !(squares > (T)1e-30 && squares < (T)1e38)) {
-        NAME(wide_sums)(w, n, counts);
-        return;
-    }
-    counts[COUNT_l1] += sum;
-    counts[COUNT_l2] += squares;
-}
-
-static T NAME(representable)(double value)
-{
-    const double largest = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
-    return (T)(value < largest ? value : largest);
+    NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);
 }
 
 static void NAME(piece)(const Plan *plan, int64_t index)
 {
     const int64_t tensor = plan->pieces[index], start = plan->pieces[plan->count + index];
     const int64_t *column = plan->table + tensor;
-#define AT(name) column[COLUMN_##name * plan->tensors]
     const double *hyper = plan->hypers + AT(group) * HYPERS;
     double *counts = plan->counts + index * COUNTS;
-    T *w = (T *)AT(w) + start, *m = AT(m) ? (T *)AT(m) + start : 0;
-    const T *g = (const T *)AT(g) + start;
-    const T *l1 = AT(l1) ? (const T *)AT(l1) + start : 0, *l2 = AT(l2) ? (const T *)AT(l2) + start : 0;
+    T *w = (T *)AT(w) + start, *m = FROM_START(m);
+    const T *g = (const T *)AT(g) + start, *l1 = FROM_START(l1), *l2 = FROM_START(l2);
     int64_t size = AT(size) - start;
     size = size < plan->piece_size ? size : plan->piece_size;
     const double step = hyper[HYPER_prox_step];
@@ -121,7 +65,6 @@ static void NAME(piece)(const Plan *plan, int64_t index)
         .doubled_step = (T)(2 * step),
         .nesterov = hyper[HYPER_nesterov] != 0,
     };
-#undef AT
     const int plain = m && !h.nesterov && h.decay == 0 && !l1 && !l2, divide = h.factor != 1;
     counts[COUNT_zeros] = counts[COUNT_l1] = counts[COUNT_l2] = 0;
     for (int64_t i = 0; i < size; i += BLOCK) {

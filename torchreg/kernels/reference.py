@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels.problem import SGDStep, SGDTensors
-from torchreg.kernels.rounding import stochastic_round_
+from torchreg.kernels.rounding import HALF, store
 from torchreg.penalties.base import host_scalar, like
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:
@@ -26,10 +24,7 @@ def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:
             _update(w, tensors.grads[i].float(), m, first, step)
             if buffer is not None and m is not None:
                 buffer.copy_(m)
-            if step.stochastic_rounding:
-                stochastic_round_(param, w, tensors.seeds[i])
-            else:
-                param.copy_(w).add_(0)  # rounding may give −0.0
+            store(param, w, tensors.seeds[i] if step.stochastic_rounding else None)
         else:
             _update(param, tensors.grads[i], buffer, first, step)
 

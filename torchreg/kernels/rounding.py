@@ -7,7 +7,17 @@ from torch import Tensor
 
 from torchreg.penalties.tiles import is_dense
 
+HALF = (torch.float16, torch.bfloat16)
+
 _MASK = 0xFFFFFFFF
+
+
+def store(target: Tensor, values: Tensor, seed: int | Tensor | None) -> None:
+    """Write float32 ``values`` into a half-precision ``target``: rounded to nearest without a seed. No −0.0."""
+    if seed is None:
+        target.copy_(values).add_(0)
+    else:
+        stochastic_round_(target, values, seed)
 
 
 def stochastic_round_(target: Tensor, values: Tensor, seed: int | Tensor) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchreg.kernels import native, triton_sgd
+from torchreg.kernels import native, triton_step
 from torchreg.kernels.plan import Part
-from torchreg.kernels.problem import SGDStep
+from torchreg.kernels.problem import AdamStep, SGDStep
 from torchreg.penalties import Penalty
 from torchreg.penalties.separable import is_shrinkage
 
@@ -29,13 +29,13 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cpu":
         return native.unavailable()
     if device.type == "cuda":
-        return triton_sgd.unavailable()
+        return triton_step.unavailable()
     return f"there is none for {device.type}, only for cpu and cuda"
 
 
 def obstacle(p: Tensor, penalty: Penalty | None) -> str | None:
     """Why this parameter can't take part in a fused step, or None; the device's own reason is `unavailable`."""
-    dtypes = native.DTYPES if p.device.type == "cpu" else triton_sgd.DTYPES
+    dtypes = native.DTYPES if p.device.type == "cpu" else triton_step.DTYPES
     if type(p) not in (Tensor, nn.Parameter) or type(p.data) is not Tensor:
         return f"its type is {type(p.data).__name__}, not a plain tensor"
     if p.is_neg():
@@ -50,7 +50,9 @@ def obstacle(p: Tensor, penalty: Penalty | None) -> str | None:
     return None
 
 
-def fused_positions(parameters: list[Tensor], step: SGDStep, wish: bool | None, foreach: bool | None) -> list[int]:
+def fused_positions(
+    parameters: list[Tensor], step: SGDStep | AdamStep, wish: bool | None, foreach: bool | None
+) -> list[int]:
     """Which parameters of a group a fused step could take.
 
     Raises:
@@ -115,7 +117,7 @@ class Arrangement:
         )
 
 
-def _signature(step: SGDStep, wish: Wish) -> tuple[object, ...]:
+def _signature(step: SGDStep | AdamStep, wish: Wish) -> tuple[object, ...]:
     return type(step.penalty), step.differentiable, *wish
 
 

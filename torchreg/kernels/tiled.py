@@ -8,6 +8,7 @@ from torch import Tensor
 from torchreg.kernels import reference
 from torchreg.kernels.penalties import shrinkage
 from torchreg.kernels.problem import SGDStep, SGDTensors
+from torchreg.kernels.rounding import HALF
 from torchreg.penalties import tiles
 from torchreg.penalties.base import representable
 
@@ -17,7 +18,7 @@ def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:
     shrink = None if step.differentiable else shrinkage(step.penalty, step.prox_step)
     scratch: dict[torch.dtype, Tensor] = {}
     for i, param in enumerate(tensors.params):
-        if shrink is None or not param.dtype.is_floating_point or param.dtype in reference.HALF:
+        if shrink is None or not param.dtype.is_floating_point or param.dtype in HALF:
             reference.prox_sgd(tensors.take([i]), step)
             continue
         buffer = tensors.momentum_buffers[i] if tensors.momentum_buffers else None

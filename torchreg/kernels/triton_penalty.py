@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable
 from torchreg.kernels.pieces import cut
-from torchreg.kernels.triton_sgd import DTYPES, unavailable
+from torchreg.kernels.triton_step import DTYPES, unavailable
 
 __all__ = ["DTYPES", "PIECE_SIZE", "gradient", "unavailable", "value"]
 

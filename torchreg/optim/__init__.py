@@ -1,5 +1,7 @@
 """Optimizers whose steps end in a proximal operator."""
 
+from torchreg.optim.base import ProximalOptimizer, ProxPoint
+from torchreg.optim.prox_adamw import ProxAdamW
 from torchreg.optim.prox_sgd import ProxSGD
 
-__all__ = ["ProxSGD"]
+__all__ = ["ProxAdamW", "ProxPoint", "ProxSGD", "ProximalOptimizer"]

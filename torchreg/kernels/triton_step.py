@@ -1,4 +1,4 @@
-"""The proximal SGD step on a GPU: one Triton launch over all tensors of a dtype."""
+"""Proximal steps on a GPU: one Triton launch over all tensors of a dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.kernels.plan import COLUMNS, Plan
+from torchreg.kernels.plan import ADDRESSES, COLUMNS, Plan
 
 PIECE_SIZE = 1 << 13
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,10 +33,11 @@ def unavailable() -> str | None:
     return None
 
 
-def run(plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+def run(name: str, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
     """One step of every tensor of the plan. Nothing waits for the device.
 
     Args:
+        name: of the kernel, as in `Update`.
         plan: the tensors and hyperparameters.
         grad_scale: what the gradients are divided by, a one-element tensor on the device.
         found_inf: where it is 1 nothing changes, a one-element tensor on the device.
@@ -46,17 +47,18 @@ def run(plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None =
         return
     import triton.language as tl
 
-    from torchreg.kernels import triton_kernels
+    from torchreg.kernels import triton_prox_adam, triton_prox_sgd
 
+    kernel = {"prox_sgd": triton_prox_sgd.prox_sgd, "prox_adam": triton_prox_adam.prox_adam}[name]
     table, pieces, hypers = (_uploaded(plan, name) for name in ("table", "pieces", "hypers"))
-    if any(isinstance(seed, Tensor) for seed in plan.seeds):
-        seeds = [seed if isinstance(seed, Tensor) else torch.tensor(seed) for seed in plan.seeds]
-        torch.stack([seed.to(plan.device) for seed in seeds], out=table[COLUMNS.index("seed")])
+    for entry, values in plan.late.items():
+        tensors = [value if isinstance(value, Tensor) else torch.tensor(value) for value in values]
+        table[COLUMNS.index(entry)].copy_(torch.stack([tensor.to(plan.device) for tensor in tensors]))
     for row, column, value in plan.traced:
         hypers[row, column].copy_(value)
     double = plan.dtype == torch.float64
     with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
-        triton_kernels.prox_sgd[(count,)](
+        kernel[(count,)](
             table,
             table.shape[1],
             pieces,
@@ -70,7 +72,7 @@ def run(plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None =
             LARGEST=torch.finfo(torch.float64 if double else torch.float32).max,
             SCALED=grad_scale is not None,
             GUARDED=found_inf is not None,
-            ALIGNED=not (plan.table[:3] % _ALIGNMENT).any(),
+            ALIGNED=not (plan.table[:ADDRESSES] % _ALIGNMENT).any(),
             PIECE=plan.piece_size,
             BLOCK=_BLOCK,
             num_warps=_WARPS,

@@ -1,4 +1,4 @@
-"""The Triton kernels. Imported on first use only: Triton comes with PyTorch's CUDA builds and is no dependency.
+"""The proximal SGD step in Triton. Imported on first use only.
 
 Tables of addresses are int64 tensors, cast to pointers here; see `torchreg.kernels.plan` for their rows.
 """
@@ -8,67 +8,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torchreg.kernels.plan import COLUMNS, COUNTS, HYPERS
+from torchreg.kernels.problem import SGDStep
+from torchreg.kernels.triton_parts import (
+    ALL_COUNTS,
+    FIRST,
+    GROUP,
+    L1S,
+    L2S,
+    SEED,
+    SIZE,
+    G,
+    M,
+    W,
+    rounded,
+    thresholded,
+    write_counts,
+)
 
-W = tl.constexpr(COLUMNS.index("w"))
-G = tl.constexpr(COLUMNS.index("g"))
-M = tl.constexpr(COLUMNS.index("m"))
-SIZE = tl.constexpr(COLUMNS.index("size"))
-L1S = tl.constexpr(COLUMNS.index("l1"))
-L2S = tl.constexpr(COLUMNS.index("l2"))
-SEED = tl.constexpr(COLUMNS.index("seed"))
-GROUP = tl.constexpr(COLUMNS.index("group"))
-FIRST = tl.constexpr(COLUMNS.index("first"))
-
-LR = tl.constexpr(HYPERS.index("lr"))
-MOMENTUM = tl.constexpr(HYPERS.index("momentum"))
-GAIN = tl.constexpr(HYPERS.index("gain"))
-DECAY = tl.constexpr(HYPERS.index("decay"))
-PROX_STEP = tl.constexpr(HYPERS.index("prox_step"))
-L1 = tl.constexpr(HYPERS.index("l1"))
-L2 = tl.constexpr(HYPERS.index("l2"))
-SIGN = tl.constexpr(HYPERS.index("sign"))
-NESTEROV = tl.constexpr(HYPERS.index("nesterov"))
-ROUNDS = tl.constexpr(HYPERS.index("rounds"))
-ALL_HYPERS = tl.constexpr(len(HYPERS))
-
-ZEROS = tl.constexpr(COUNTS.index("zeros"))
-NEW = tl.constexpr(COUNTS.index("new"))
-REVIVED = tl.constexpr(COUNTS.index("revived"))
-SUM = tl.constexpr(COUNTS.index("l1"))
-SQUARES = tl.constexpr(COUNTS.index("l2"))
-ALL_COUNTS = tl.constexpr(len(COUNTS))
-
-
-@triton.jit
-def _hash(x):
-    """Of uint32: see `torchreg.kernels.rounding`."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _round(values, offsets, seed, rounds, DTYPE: tl.constexpr):
-    """Float32 to a half type: to nearest, or at random where ``rounds``. No −0.0."""
-    nearest = values.to(DTYPE)
-    back = nearest.to(tl.float32)
-    magnitude = tl.abs(values)
-    bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
-    largest = 0x7F80 if DTYPE == tl.bfloat16 else 0x7C00
-    exact = (bits >= largest) | (back == values)
-    bits = bits - (tl.abs(back) > magnitude).to(tl.int32)
-    low = bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    high = (bits + 1).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    upper = (offsets >> 32).to(tl.uint32) ^ seed
-    state = _hash(offsets.to(tl.uint32) ^ _hash(upper))
-    uniform = (state >> 8).to(tl.float32) * (1.0 / 16777216.0)
-    chosen = tl.where(uniform * (high - low) < magnitude - low, high, low)
-    chosen = tl.where(values < 0, -chosen, chosen)
-    chosen = tl.where(rounds != 0, chosen, back)
-    return (tl.where(exact, back, chosen) + 0.0).to(DTYPE)
+LR = tl.constexpr(SGDStep.HYPERS.index("lr"))
+MOMENTUM = tl.constexpr(SGDStep.HYPERS.index("momentum"))
+GAIN = tl.constexpr(SGDStep.HYPERS.index("gain"))
+DECAY = tl.constexpr(SGDStep.HYPERS.index("decay"))
+PROX_STEP = tl.constexpr(SGDStep.HYPERS.index("prox_step"))
+L1 = tl.constexpr(SGDStep.HYPERS.index("l1"))
+L2 = tl.constexpr(SGDStep.HYPERS.index("l2"))
+SIGN = tl.constexpr(SGDStep.HYPERS.index("sign"))
+NESTEROV = tl.constexpr(SGDStep.HYPERS.index("nesterov"))
+ROUNDS = tl.constexpr(SGDStep.HYPERS.index("rounds"))
+ALL_HYPERS = tl.constexpr(len(SGDStep.HYPERS))
 
 
 @triton.jit
@@ -120,11 +87,10 @@ def _update(
     l1 = tl.load(l1_pointer + offsets, mask=has_l1, other=0.0)
     l2 = tl.load(l2_pointer + offsets, mask=has_l2, other=0.0)
     bound = tl.where(has_l1, prox_step * l1, threshold)
-    clamped = tl.where(moved > bound, bound, tl.where(moved < -bound, -bound, moved))  # NaN stays NaN
-    value = moved - clamped  # what is shrunk away is x − x = +0.0
+    value = thresholded(moved, bound)
     value = value / tl.where(has_l2, 1.0 + 2.0 * prox_step * l2, divisor) + 0.0
-    if DTYPE == tl.bfloat16 or DTYPE == tl.float16:
-        stored = _round(value, offsets, seed, rounds, DTYPE)
+    if tl.bfloat16 == DTYPE or tl.float16 == DTYPE:
+        stored = rounded(value, offsets, seed, rounds, DTYPE)
     else:
         stored = value.to(DTYPE)
     if MASKED:
@@ -269,9 +235,4 @@ def prox_sgd(
         total += tl.where(inside, tl.abs(final), 0.0)
         squares += tl.where(inside, final * final, 0.0)
 
-    row = counts + program * ALL_COUNTS
-    tl.store(row + ZEROS, tl.sum(zeros).to(tl.float64), mask=acts)
-    tl.store(row + NEW, tl.load(row + NEW) + tl.sum(new).to(tl.float64), mask=acts)
-    tl.store(row + REVIVED, tl.load(row + REVIVED) + tl.sum(revived).to(tl.float64), mask=acts)
-    tl.store(row + SUM, tl.sum(total).to(tl.float64), mask=acts)
-    tl.store(row + SQUARES, tl.sum(squares).to(tl.float64), mask=acts)
+    write_counts(counts + program * ALL_COUNTS, acts, zeros, new, revived, total, squares)

@@ -1,0 +1,304 @@
+"""What all proximal optimizers share: param groups with penalties, checkpoints, fused steps, the order of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.hooks import RemovableHandle
+
+from torchreg import kernels
+from torchreg.kernels.rounding import HALF
+from torchreg.optim.groups import (
+    adopt_penalties,
+    check_form,
+    check_keys,
+    check_penalized_params,
+    check_required,
+    check_state_shapes,
+    checked_penalty,
+    checked_scale,
+    packed,
+    share_scales,
+)
+from torchreg.penalties import L1
+from torchreg.penalties.base import Step, host_scalar
+
+_UNSHRUNK = L1(0.0)
+"""Takes the place of a penalty while the descent is computed alone: rounding and arithmetic stay those of a penalty."""
+
+
+@dataclasses.dataclass
+class ProxPoint:
+    """The weights of a param group between its descent and its proximal operator.
+
+    Attributes:
+        group: the param group.
+        params: its parameters that have a gradient, moved by the gradient and not yet shrunk.
+        steps: τ for each of them without the strength scale: a float, a 0-d tensor, or one value per coordinate.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    steps: list[Step]
+
+
+class ProximalOptimizer(Optimizer):
+    """An optimizer whose groups may hold ``penalty`` and ``strength_scale``, and whose steps end in the prox."""
+
+    applies_penalties = True
+
+    _required: ClassVar[tuple[str, ...]]
+    """Hyperparameters without which a loaded group is another optimizer's."""
+    _origin: ClassVar[str]
+    """The optimizers whose states can be loaded, in words."""
+    _buffers: ClassVar[tuple[str, ...]]
+    """The entries of the state that have their parameter's shape."""
+    _later: ClassVar[Mapping[str, Any]]
+    """Values of hyperparameters that a loaded group may lack."""
+    _update: ClassVar[kernels.Update]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._check_group(defaults)
+        self._fused = kernels.FusedSteps(self._update)
+        self._prox_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Used by unpickling, deepcopy and load_state_dict alike; checks before it changes anything."""
+        groups, current = state["param_groups"], self.__dict__.get("param_groups", [])
+        check_required(groups, self._required, self._origin)
+        adopt_penalties(groups, current)
+        check_state_shapes(groups, state["state"], self._buffers)
+        for i, group in enumerate(groups):
+            for key, default in self._later.items():
+                group.setdefault(key, default)
+            if i < len(current):
+                group["fused"] = current[i]["fused"]  # a matter of the machine, not of the checkpoint's
+            self._check_group(group)
+        share_scales(groups, current)
+        self._fused = kernels.FusedSteps(self._update)
+        if "_prox_pre_hooks" not in self.__dict__:
+            self._prox_pre_hooks = OrderedDict()
+        super().__setstate__({key: value for key, value in state.items() if key not in ("_fused", "_prox_pre_hooks")})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see `torch.optim.Optimizer.add_param_group`. Unknown keys are refused."""
+        if isinstance(param_group, dict):
+            check_keys(param_group, self.defaults)
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            check_penalized_params(self.param_groups[-1], index=len(self.param_groups) - 1)
+            self._check_params(self.param_groups[-1])
+        except (RuntimeError, TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as numbers, strings and tensors; penalties in their dict form."""
+        return packed(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer or of the torch optimizer that it extends.
+
+        One that does not fit is refused and changes nothing.
+
+        Raises:
+            ValueError: if it is no optimizer's state, or one of other groups, shapes or hyperparameters.
+            TypeError: if a hyperparameter or penalty in it is of the wrong type.
+        """
+        check_form(state_dict)
+        super().load_state_dict(state_dict)
+
+    def step_counts(self) -> kernels.FusedSteps | None:
+        """What the last step counted of the weights on its way, or None if it was not a fused one."""
+        return self._fused if self._fused.counted() else None
+
+    def register_prox_pre_hook(self, hook: Callable[[Optimizer, list[ProxPoint]], None]) -> RemovableHandle:
+        """Call ``hook(optimizer, points)`` in every step between the descent and the proximal operators.
+
+        It gets a `ProxPoint` for every penalised group that has gradients, and may change the groups'
+        ``strength_scale``, which the proximal operators then take. Such a step passes over memory twice. Copies of the
+        optimizer do not have the hook.
+        """
+        handle = RemovableHandle(self._prox_pre_hooks)
+        self._prox_pre_hooks[handle.id] = hook
+        return handle
+
+    def _step(self) -> None:
+        """The step, once the closure has been called."""
+        gradients = [self._gradients(group, i) for i, group in enumerate(self.param_groups)]  # may raise
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        on_device = found_inf is not None and self._step_supports_amp_scaling and not self._needs_host()
+        if found_inf is not None and not on_device and bool(found_inf):
+            return
+        steps = [self._hyperparameters(group) for group in self.param_groups]  # may raise: before any change
+        apart = {i for i, step in enumerate(steps) if step.penalty is not None and self._is_apart(step.penalty)}
+        counts = any(map(_rounds, self.param_groups))
+        offset, parts = 0, []
+        for i, (group, tensors, step) in enumerate(zip(self.param_groups, gradients, steps, strict=True)):
+            if grad_scale is not None and not on_device:
+                tensors.grads = [g / grad_scale.to(g.device) for g in tensors.grads]
+            self._add_state(tensors, group, offset, counts)
+            parts.append((tensors, dataclasses.replace(step, penalty=_UNSHRUNK) if i in apart else step))
+            offset += len(group["params"])
+        wishes = [(group["fused"], group["foreach"]) for group in self.param_groups]
+        kernels.proximal_step(self._update, parts, wishes, self._fused, *((grad_scale, found_inf) if on_device else ()))
+        if apart:
+            self._fused.clear()  # it counted before the weights were shrunk
+            self._proximal_operators([(self.param_groups[i], parts[i][0]) for i in sorted(apart)])
+
+    def _is_apart(self, penalty: Any) -> bool:
+        """Whether the proximal operator is taken after the descent of all groups, instead of with it."""
+        return bool(self._prox_pre_hooks) or penalty.is_joint
+
+    def _needs_host(self) -> bool:
+        """Whether the host has to know if the step is taken."""
+        return False
+
+    def _proximal_operators(self, parts: list[tuple[dict[str, Any], Any]]) -> None:
+        units = [
+            self._hyperparameters({**group, "strength_scale": 1.0}).prox_steps(tensors) for group, tensors in parts
+        ]
+        points = [
+            ProxPoint(group, tensors.params, steps)
+            for (group, tensors), steps in zip(parts, units, strict=True)
+            if tensors.params
+        ]
+        with torch.no_grad():
+            for hook in list(self._prox_pre_hooks.values()):
+                hook(self, points)
+        for group, tensors in parts:
+            step = self._hyperparameters(group)
+            assert step.penalty is not None
+            seeds = tensors.seeds if step.stochastic_rounding else []
+            kernels.shrink(tensors.params, step.penalty, step.prox_steps(tensors), seeds, step.differentiable)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells GradScaler to leave scale and found_inf to the step, which then waits for no device."""
+        if self._prox_pre_hooks:
+            return False
+        return all(
+            g["fused"]
+            and all(p.device.type == "cuda" for p in g["params"])
+            and not (g["penalty"] is not None and self._is_apart(g["penalty"]))
+            for g in self.param_groups
+        )
+
+    def _gradients(self, group: Mapping[str, Any], index: int) -> Any:
+        """The parameters that have a gradient, and their gradients.
+
+        Not named ``_init_group`` as in torch: torch.compile calls a method of that name instead of tracing it.
+        """
+        params, grads, dense = [], [], torch.strided
+        for position, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout is not dense:
+                name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
+                raise TypeError(
+                    f"{type(self).__name__} needs dense gradients, but the one of parameter {name} (shape "
+                    f"{tuple(p.shape)}) is {grad.layout}; build its embedding with sparse=False."
+                )
+            params.append(p)
+            grads.append(grad)
+        return self._update.tensors(params, grads)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raise unless the hyperparameters make sense."""
+        raise NotImplementedError
+
+    def _check_params(self, group: Mapping[str, Any]) -> None:
+        """Raise unless a fused step can be had for every parameter of a group that asks for it."""
+        if not group["fused"]:
+            return
+        for p in group["params"]:
+            reason = kernels.selection.obstacle(p, group["penalty"]) or kernels.selection.unavailable(p.device)
+            if reason is not None:
+                raise RuntimeError(f"`fused=True` can't be had for a parameter of shape {tuple(p.shape)}: {reason}.")
+
+    def _hyperparameters(self, group: Mapping[str, Any]) -> Any:
+        """The step of a group, as kernels are told it; may raise."""
+        raise NotImplementedError
+
+    def _add_state(self, tensors: Any, group: Mapping[str, Any], offset: int, counts: bool) -> None:
+        """Add the state of the parameters to ``tensors``, created where it is missing.
+
+        ``offset`` is the number of parameters in earlier groups, ``counts`` whether rounding seeds are needed.
+        """
+        raise NotImplementedError
+
+
+def usable_penalty(group: Mapping[str, Any]) -> Any:
+    """The group's penalty or None, checked against the parameters' shapes where these could differ."""
+    penalty = checked_penalty(group["penalty"])
+    if penalty is not None and any(isinstance(s, Tensor) for s in penalty.strengths().values()):
+        for p in group["params"]:
+            penalty.check_shape(p.shape)
+    return penalty
+
+
+def number(group: Mapping[str, Any], key: str) -> float | Tensor:
+    """A hyperparameter as a float, or as a 0-d tensor where the host may not read it."""
+    value = group[key]
+    if not isinstance(value, Tensor):
+        return float(value) if isinstance(value, bool) else value
+    value = value.reshape(())
+    return value if group["capturable"] else host_scalar(value)
+
+
+def read(lr: float | Tensor, group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate as torch's optimizers use it: a number, read from the device unless capturable."""
+    if not isinstance(lr, Tensor) or group["capturable"] or lr.requires_grad or torch.compiler.is_compiling():
+        return lr
+    return lr.item()
+
+
+def scaled_step(group: Mapping[str, Any], gain: float) -> float | Tensor:
+    """lr·gain·strength_scale, checked where the host knows it."""
+    lr, scale = number(group, "lr"), number(group, "strength_scale")
+    if isinstance(lr, Tensor) and isinstance(scale, Tensor):
+        scale = scale.to(lr.device)
+    step = lr * gain * scale
+    if not isinstance(step, Tensor) and not (step >= 0 and math.isfinite(step)):
+        raise ValueError(
+            "Expected `lr` and `strength_scale` to be non-negative and finite beside a penalty, "
+            f"got {group['lr']} and {group['strength_scale']}."
+        )
+    return step
+
+
+def check_implementation(group: Mapping[str, Any]) -> None:
+    """Raise unless the wishes of a group for an implementation, and its penalty and scale, make sense."""
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    for name in ("fused", "foreach"):
+        if group[name] and group["differentiable"]:
+            raise RuntimeError(f"`{name}=True` records no gradients: use {name}=None or False with `differentiable`.")
+    penalty = checked_penalty(group["penalty"])
+    if penalty is not None and penalty.is_joint and group["differentiable"]:
+        raise RuntimeError(
+            f"{penalty.type_name} acts on all weights of a rule and can't be used with `differentiable`."
+        )
+    checked_scale(group["strength_scale"])
+
+
+def rounding_seed(step: int | Tensor, index: int) -> int | Tensor:
+    """A number that differs between steps and between parameters, and agrees between replicas."""
+    return step * 0x9E3779B1 + index * 0x85EBCA77
+
+
+def _rounds(group: Mapping[str, Any]) -> bool:
+    """Whether the group's steps round stochastically."""
+    if group["penalty"] is None or not group["stochastic_rounding"]:
+        return False
+    return not {p.dtype for p in group["params"]}.isdisjoint(HALF)
