@@ -21,6 +21,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.optimality": 3,
     "torchreg.scales": 3,
     "torchreg.schedules": 3,
+    "torchreg.support": 3,
     "torchreg.hook": 4,
     "torchreg.regularizer": 4,
     "torchreg.optim": 4,

@@ -44,6 +44,14 @@ def test_swap_optimizer_leaves_exact_zeros():
     assert "KKT residual" in out
 
 
+def test_refit_keeps_the_zeros_and_mends_the_loss():
+    out = run("refit.py", "--epochs", "15")
+    before, after = re.findall(r"test accuracy ([\d.]+)%, training loss ([\d.]+), exact zeros ([\d.]+)%", out)
+    assert float(after[2]) == float(before[2]) > 60
+    assert float(after[1]) < 0.6 * float(before[1])
+    assert float(after[0]) >= float(before[0]) > 85
+
+
 def test_monitor_sparsity_writes_a_run(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

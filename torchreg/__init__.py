@@ -6,6 +6,7 @@ from torchreg.optim import ProxAdamW, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import L1, L2, ElasticNet
 from torchreg.regularizer import Regularizer
+from torchreg.support import freeze_zeros, thaw
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "Regularizer",
     "SparsityMonitor",
     "SparsityReport",
+    "freeze_zeros",
     "kkt_residual",
     "penalties",
     "rules",
     "schedules",
     "sparsity",
     "strength_max",
+    "thaw",
 ]
