@@ -11,7 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penalty_table import PENALTIES, every_penalty, every_threshold
+from penalty_table import (
+    PENALTIES,
+    every_convex_penalty,
+    every_penalty,
+    every_penalty_with_a_gradient,
+    every_soft_threshold,
+    every_threshold,
+)
 from torch.autograd import gradcheck, gradgradcheck
 
 from torchreg import L1, L2, ElasticNet
@@ -73,7 +80,8 @@ def test_prox_is_the_argmin(case, drawn):
         t_, c_ = (x.reshape(-1, 1) if isinstance(x, torch.Tensor) and x.ndim else x for x in (t, c))
         on_grid, where = objective(grid, t_, c_).min(-1)
         assert (objective(best.unsqueeze(-1), t_, c_).squeeze(-1) <= on_grid + 1e-12).all()
-        assert ((best - grid[where]).abs() <= 10 / 8000 + 1e-12).all()
+        if case.convex:  # else two far apart may be as good as each other
+            assert ((best - grid[where]).abs() <= 10 / 8000 + 1e-12).all()
 
 
 @every_penalty
@@ -107,7 +115,7 @@ def test_moreau_of_the_lasso_is_a_projection(w, step):
     assert torch.equal(L1(0.7).prox(w, step) + torch.clamp(w, -0.7 * step, 0.7 * step), w)
 
 
-@every_penalty
+@every_convex_penalty
 @properties
 @given(pairs(st.floats(-4, 4), positive, positive))
 def test_prox_is_firmly_nonexpansive(case, drawn):
@@ -158,7 +166,7 @@ def test_what_is_shrunk_away_is_plus_zero(case, dtype):
             assert positive_zero(penalty.prox_(w.clone(), step))
 
 
-@every_threshold
+@every_soft_threshold
 @pytest.mark.parametrize("dtype", HALF)
 def test_what_rounding_to_half_precision_takes_away_is_plus_zero(case, dtype):
     tiny = torch.finfo(dtype).tiny
@@ -246,7 +254,7 @@ def test_value_of_a_large_tensor_is_accurate_in_float32(case):
         assert abs(case.penalty().value(weight).item() / exact.item() - 1) < 4e-6
 
 
-@every_penalty
+@every_penalty_with_a_gradient
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *COMPLEX])
 def test_grad_is_autograds_of_value(case, dtype):
     w = some_weights(4, 5, dtype=dtype).requires_grad_()
@@ -255,7 +263,7 @@ def test_grad_is_autograds_of_value(case, dtype):
         torch.testing.assert_close(case.penalty(factor).grad(w), expected)
 
 
-@every_penalty
+@every_convex_penalty
 @properties
 @given(pairs(positive))
 def test_grad_is_the_least_norm_subgradient(case, drawn):
@@ -275,7 +283,7 @@ def test_autograd_is_right_to_second_order(case, dtype):
     w = (w + 0.9 * torch.sgn(w)).requires_grad_()  # away from zero and from the threshold's kink
     step = torch.full((3, 4), 0.6, dtype=F64, requires_grad=True)
     strengths = tuple(torch.full((4,), s + 0.1, dtype=F64, requires_grad=True) for s in case.strengths)
-    for method in ("value", "grad", "prox"):
+    for method in ("value", "grad", "prox") if case.gradient else ("prox",):
 
         def evaluate(w, *args, method=method):
             arguments, values = (args[:1], args[1:]) if method == "prox" else ((), args)
@@ -329,7 +337,8 @@ def test_a_zero_entry_leaves_its_weight_alone(case):
     penalty = case.penalty(strength)
     for shrunk in (penalty.prox(w, 0.5), penalty.prox_(w.clone(), 0.5)):
         assert torch.equal(shrunk[:, 1::2], w[:, 1::2])
-        assert (shrunk[:, ::2].abs() < w[:, ::2].abs()).all()
+        assert (shrunk[:, ::2].abs() <= w[:, ::2].abs()).all()
+        assert not case.convex or (shrunk[:, ::2] != w[:, ::2]).all()
     assert (penalty.grad(w)[:, 1::2] == 0).all()
     torch.testing.assert_close(penalty.value(w), case.penalty(strength[::2]).value(w[:, ::2]))
 
@@ -338,8 +347,8 @@ def test_a_zero_entry_leaves_its_weight_alone(case):
 def test_scaled_multiplies_the_penalty(case):
     w = some_weights(6)
     for factor in (0.5, torch.tensor(0.5), torch.rand(6, dtype=F64)):
-        torch.testing.assert_close(case.penalty().scaled(factor).value(w), case.brute_value(w, factor).sum())
-    assert case.penalty().scaled(2.0) == case.penalty(2.0)
+        torch.testing.assert_close(case.penalty().scaled(factor).value(w), (factor * case.brute_value(w)).sum())
+    assert (case.penalty().scaled(2.0) == case.penalty(2.0)) == case.multiples
 
 
 # Optimality
@@ -354,7 +363,8 @@ def test_optimality_residual_is_zero_exactly_where_minus_the_gradient_is_a_subgr
     threshold = case.strengths[0] * factor if case.threshold else torch.zeros_like(factor)
     grad = torch.where(w == 0, inside * threshold, -penalty.grad(w))
     assert torch.equal(penalty.optimality_residual(w, grad), torch.zeros_like(w))
-    torch.testing.assert_close(penalty.prox(w - 0.3 * grad, 0.3), w, rtol=0, atol=1e-14)
+    if case.convex:  # else there may be a lower point far away
+        torch.testing.assert_close(penalty.prox(w - 0.3 * grad, 0.3), w, rtol=0, atol=1e-14)
 
 
 @every_penalty
@@ -362,10 +372,11 @@ def test_optimality_residual_is_zero_exactly_where_minus_the_gradient_is_a_subgr
 @given(pairs(st.floats(-3, 3), positive))
 def test_optimality_residual_is_the_distance_to_the_subdifferential(case, drawn):
     w, grad, factor = drawn
-    h = 1e-7
+    factor = torch.where(factor < 1e-6, 0, factor)
+    h = torch.where(w == 0, 1e-30, 1e-7)  # so small that an infinite slope is seen
     slopes = [  # one-sided derivatives of the formula: the ends of the subdifferential
         ((case.brute_value(w + s * h, factor) - case.brute_value(w, factor)) / (s * h)).where(
-            (w == 0) | (w.abs() > 1e-3), math.nan
+            (w == 0) | (w.abs() > 0.1), math.nan
         )
         for s in (-1, 1)
     ]
@@ -385,12 +396,17 @@ def test_strength_max_is_exact(case, dtype):
         assert largest == math.inf
         assert case.penalty().strength_max(torch.zeros(6)) == 0
         return
+    if case.penalty().optimality_residual(torch.zeros(6, dtype=dtype), -target).max() == 0:
+        assert largest == 0  # whatever the gradient
+        return
+    if not case.soft:
+        return  # from this strength on w = 0 is stationary, and below it may still be the global minimiser
     for factor, zero in ((1.001, True), (0.999, False)):
         penalty = case.make(factor * largest, *case.strengths[1:])
         assert (penalty.prox(target).count_nonzero() == 0) == zero
 
 
-@every_threshold
+@every_soft_threshold
 def test_strength_max_of_a_tensor_is_its_factor(case):
     target, strength = some_weights(6), torch.tensor([0.5, 1.0, 0.0, 2.0, 1.0, 0.1], dtype=F64)
     penalty = case.make(strength, *case.strengths[1:])
@@ -485,7 +501,7 @@ def test_from_ratio_is_scikit_learns_objective():
     ids=str,
 )
 def test_what_is_no_strength_is_refused_by_name(case, bad, error, said):
-    for position, name in enumerate(case.penalty().strength_names()):
+    for position, name in enumerate(case.penalty().strength_names()[: len(case.strengths)]):
         strengths = [*case.strengths]
         strengths[position] = bad
         with pytest.raises(error, match=rf"^Expected `{name}` to be a non-negative float or tensor.*{re.escape(said)}"):
@@ -564,7 +580,7 @@ def test_what_is_no_step_is_refused(case, step, error, said):
 @pytest.mark.parametrize(
     ("data", "error", "said"),
     [
-        ({"type": "L7"}, ValueError, "Expected the penalty type to be one of ['ElasticNet', 'L1', 'L2'"),
+        ({"type": "L7"}, ValueError, "Expected the penalty type to be one of ['ElasticNet', 'L0', 'L1'"),
         ({"strength": 1.0}, ValueError, "got None"),
         ({"type": "L1"}, ValueError, "Expected the fields of L1 to be ['strength'], got []"),
         ({"type": "L1", "l1": 1.0}, ValueError, "got ['l1']"),

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from penalty_table import every_penalty
+from penalty_table import every_frugal_penalty, every_penalty_with_a_gradient
 from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call, grad, hessian, vmap
@@ -45,7 +45,7 @@ def through_file(state):
 # The loss term
 
 
-@every_penalty
+@every_penalty_with_a_gradient
 def test_the_loss_term_is_the_penalty_and_its_gradient(case):
     model = nn.ModuleDict(
         {
@@ -86,7 +86,7 @@ def peak_bytes(function):
     return peak
 
 
-@every_penalty
+@every_frugal_penalty
 @pytest.mark.parametrize("factor", [1.0, torch.rand(256, 256)], ids=["number", "tensor"])
 def test_the_loss_terms_backward_makes_the_gradient_and_nothing_else_of_its_size(case, factor):
     model = nn.Linear(256, 256, bias=False)
@@ -96,13 +96,13 @@ def test_the_loss_terms_backward_makes_the_gradient_and_nothing_else_of_its_size
     assert model.weight.nbytes <= peak_bytes(loss.backward) <= allowed * model.weight.nbytes
 
 
-@every_penalty
+@every_frugal_penalty
 def test_the_loss_terms_forward_makes_nothing_of_the_weights_size(case):
     model = nn.Linear(256, 256, bias=False)
     assert peak_bytes(Regularizer(model, case.penalty())) <= 0.1 * model.weight.nbytes
 
 
-@every_penalty
+@every_penalty_with_a_gradient
 def test_the_loss_term_is_differentiable_twice(case):
     model = linear()
     reg = Regularizer(model, case.penalty())
@@ -134,7 +134,7 @@ def test_strengths_that_require_grad_get_one(make, shape):
     torch.testing.assert_close(grad_w, make(strength.detach()).grad(model.weight.detach()))
 
 
-@every_penalty
+@every_penalty_with_a_gradient
 def test_a_compiled_loss_is_one_graph_that_follows_the_strength_scale(case):
     torch.compiler.reset()
     model = linear()
@@ -179,7 +179,7 @@ class Objective(nn.Module):
         return self.net(torch.eye(5, dtype=F64)).square().mean() + self.reg()
 
 
-@every_penalty
+@every_penalty_with_a_gradient
 def test_the_loss_term_under_torch_func_is_the_penalty(case):
     objective = Objective(case.penalty())
     name, weights = "net.weight", torch.randn(4, 3, 5, dtype=F64)
@@ -443,7 +443,7 @@ LOOPS_AND_OPTIONS = [(loop, options) for loop in LOOPS for options in OPTIONS] +
 
 
 @pytest.mark.parametrize(("loop", "options"), LOOPS_AND_OPTIONS, ids=lambda x: getattr(x, "__name__", str(x)))
-@every_penalty
+@every_penalty_with_a_gradient
 def test_the_hook_has_the_same_strength_in_every_training_loop(case, loop, options):
     model = linear()
     g_weight, g_bias = data_grads(model)

@@ -4,15 +4,20 @@ from torchreg import penalties, rules, schedules
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
 from torchreg.optim import ProxAdamW, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
-from torchreg.penalties import L1, L2, ElasticNet
+from torchreg.penalties import L0, L1, L2, MCP, SCAD, ElasticNet, LHalf, LogSum
 from torchreg.regularizer import Regularizer
 from torchreg.support import freeze_zeros, thaw
 
 __version__ = "0.1.0"
 __all__ = [
+    "L0",
     "L1",
     "L2",
+    "MCP",
+    "SCAD",
     "ElasticNet",
+    "LHalf",
+    "LogSum",
     "ProxAdamW",
     "ProxSGD",
     "Regularizer",

@@ -25,9 +25,9 @@ _REGISTRY: dict[str, type[Penalty]] = {}
 P = TypeVar("P", bound="Penalty")
 
 
-def strength_field() -> Any:
+def strength_field(default: Any = dataclasses.MISSING) -> Any:
     """Declare a dataclass field as a strength: checked on creation, multiplied by `Penalty.scaled`."""
-    return dataclasses.field(metadata={"strength": True})
+    return dataclasses.field(default=default, metadata={"strength": True})
 
 
 def checked_strength(name: str, value: Any) -> Strength:
@@ -199,6 +199,9 @@ class Penalty(ABC):
     def prox_(self, w: Tensor, step: Step = 1.0) -> Tensor:
         """Overwrite ``w`` with ``prox(w, step)`` and return it. Not recorded by autograd."""
         return w.copy_(self.prox(w, step))
+
+    def check_step(self, step: float | Tensor) -> None:  # noqa: B027
+        """Raise ``ValueError`` where `prox` refuses so long a step. A device's tensor is not read, and passes."""
 
     @property
     def is_joint(self) -> bool:
