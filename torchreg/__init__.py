@@ -2,7 +2,7 @@
 
 from torchreg import penalties, rules, schedules
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
-from torchreg.optim import ProxAdamW, ProxSGD
+from torchreg.optim import ProxAdamW, Proximal, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import L0, L1, L2, MCP, SCAD, ElasticNet, LHalf, LogSum
 from torchreg.regularizer import Regularizer
@@ -20,6 +20,7 @@ __all__ = [
     "LogSum",
     "ProxAdamW",
     "ProxSGD",
+    "Proximal",
     "Regularizer",
     "SparsityMonitor",
     "SparsityReport",

@@ -195,6 +195,11 @@ class PenaltyHandle:
         self._data_grads.clear()
 
 
+def is_attached(optimizer: Optimizer) -> bool:
+    """Whether a regularizer is attached to the optimizer."""
+    return bool(_handles(optimizer))
+
+
 def _handles(optimizer: Optimizer) -> list[PenaltyHandle]:
     """The handles attached to an optimizer, which keeps them alive through its hooks, in the order of attaching."""
     return [handle for ref in _attached.get(optimizer, []) if (handle := ref()) is not None]

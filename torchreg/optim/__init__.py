@@ -3,5 +3,6 @@
 from torchreg.optim.base import ProximalOptimizer, ProxPoint
 from torchreg.optim.prox_adamw import ProxAdamW
 from torchreg.optim.prox_sgd import ProxSGD
+from torchreg.optim.proximal import Proximal
 
-__all__ = ["ProxAdamW", "ProxPoint", "ProxSGD", "ProximalOptimizer"]
+__all__ = ["ProxAdamW", "ProxPoint", "ProxSGD", "Proximal", "ProximalOptimizer"]
