@@ -4,7 +4,7 @@ from torchreg import penalties, rules, schedules
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
 from torchreg.optim import ProxAdamW, Proximal, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
-from torchreg.penalties import L0, L1, L2, MCP, SCAD, ElasticNet, LHalf, LogSum
+from torchreg.penalties import L0, L1, L2, MCP, SCAD, Box, ElasticNet, LHalf, LogSum, NonNegative, TopK
 from torchreg.regularizer import Regularizer
 from torchreg.support import freeze_zeros, thaw
 
@@ -15,15 +15,18 @@ __all__ = [
     "L2",
     "MCP",
     "SCAD",
+    "Box",
     "ElasticNet",
     "LHalf",
     "LogSum",
+    "NonNegative",
     "ProxAdamW",
     "ProxSGD",
     "Proximal",
     "Regularizer",
     "SparsityMonitor",
     "SparsityReport",
+    "TopK",
     "freeze_zeros",
     "kkt_residual",
     "penalties",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class PenaltyHandle:
             raise ValueError("This regularizer is attached to this optimizer already; remove() the first handle first.")
         if not any(a.penalty is not None and id(a.parameter) in held for a in regularizer.assignments):
             raise ValueError("The optimizer holds none of the regularizer's penalised parameters.")
+        check_gradients((a.name, a.penalty) for a in regularizer.assignments)
         self.regularizer = regularizer
         self._optimizer = weakref.ref(optimizer)
         self._data_grads: list[tuple[Tensor, Tensor, Tensor, int]] = []
@@ -96,6 +97,7 @@ class PenaltyHandle:
             raise ValueError(
                 f"The saved penalties are for other parameters: {sorted(set(saved) ^ set(mine))} are only on one side."
             )
+        check_gradients(saved.items())
         for name, penalty in saved.items():
             try:
                 penalty.check_shape(mine[name].parameter.shape)
@@ -198,6 +200,16 @@ class PenaltyHandle:
 def is_attached(optimizer: Optimizer) -> bool:
     """Whether a regularizer is attached to the optimizer."""
     return bool(_handles(optimizer))
+
+
+def check_gradients(penalties: Iterable[tuple[str, Penalty | None]]) -> None:
+    """Raise ``ValueError`` if a parameter has a penalty that no loss term and no hook can apply."""
+    for name, penalty in penalties:
+        if penalty is not None and not penalty.has_gradient:
+            raise ValueError(
+                f"{penalty.type_name} of parameter {name!r} has no gradient that a loss term or hook could add: "
+                "give reg.param_groups() to a proximal optimizer such as torchreg.ProxSGD instead."
+            )
 
 
 def _handles(optimizer: Optimizer) -> list[PenaltyHandle]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import host_scalar
-from torchreg.rules import Assignment, PenalizedModel, check_current
+from torchreg.rules import Assignment, PenalizedModel, by_rule, check_current
 
 
 @torch.no_grad()
@@ -43,16 +43,11 @@ def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = Non
     scale = host_scalar(reg.strength_scale)  # a float keeps the strengths of float64 weights exact
     assignments = [a for a in reg.assignments if a.parameter.requires_grad]
     grads = _gradients(reg.model, assignments, closure) if closure else [a.parameter.grad for a in assignments]
+    known = {id(a): grad for a, grad in zip(assignments, grads, strict=True) if grad is not None and grad.numel()}
     worst = []
-    for a, grad in zip(assignments, grads, strict=True):
-        if grad is None or grad.numel() == 0:
-            continue
-        if a.penalty is None:
-            residual = (grad if grad.layout == torch.strided else grad.to_dense()).abs()
-        else:
-            factor = scale.to(grad.device, grad.real.dtype) if isinstance(scale, Tensor) else scale
-            residual = a.penalty.scaled(factor).optimality_residual(a.parameter, grad)
-        worst.append(residual.max().to(torch.promote_types(residual.dtype, torch.float32)))
+    for penalty, chosen in by_rule(a for a in assignments if id(a) in known):
+        for residual in _residuals(penalty, scale, [a.parameter for a in chosen], [known[id(a)] for a in chosen]):
+            worst.append(residual.max().to(torch.promote_types(residual.dtype, torch.float32)))
     if not worst:
         raise ValueError("No parameter has a gradient: call backward() on the data's loss first, or pass a closure.")
     return torch.stack([w.to(worst[0]) for w in worst]).max()
@@ -104,6 +99,21 @@ def strength_max(
     if not largest:
         raise ValueError("The closure's loss does not depend on the penalised parameters.")
     return max(largest)
+
+
+def _residuals(
+    penalty: Penalty | None, scale: float | Tensor, weights: list[Tensor], grads: list[Tensor]
+) -> list[Tensor]:
+    """The violations at all weights of one rule."""
+    if penalty is None:
+        return [(grad if grad.layout == torch.strided else grad.to_dense()).abs() for grad in grads]
+    if penalty.is_joint:
+        return penalty.scaled(scale).residual_all(weights, grads)
+    residuals = []
+    for w, grad in zip(weights, grads, strict=True):
+        factor = scale.to(grad.device, grad.real.dtype) if isinstance(scale, Tensor) else scale
+        residuals.append(penalty.scaled(factor).optimality_residual(w, grad))
+    return residuals
 
 
 def _strengths_max(reg: PenalizedModel, chosen: list[Assignment], closure: Callable[[], Tensor]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchreg import kernels, tables
-from torchreg.hook import PenaltyHandle
-from torchreg.penalties import Penalty, Strength
+from torchreg.hook import PenaltyHandle, check_gradients
+from torchreg.penalties import Penalty
 from torchreg.penalties.base import checked_strength, host_scalar
-from torchreg.rules import Assignment, Rules, assign, check_current, outdated
+from torchreg.rules import Assignment, Rules, assign, by_rule, check_current, outdated
 
 
 class Regularizer(nn.Module):
@@ -119,10 +120,18 @@ class Regularizer(nn.Module):
 
         Its backward computes one gradient per weight and nothing else of the model's size. To maximise an
         objective, subtract it.
+
+        Raises:
+            ValueError: if a penalty has no gradient (`L0`, constraints). Under ``torch.no_grad()`` the value of all
+                penalties is given; that of a constraint is 0 or infinite.
         """
         entries = list(self.penalized())
         if not entries:
             return self.strength_scale.new_zeros(())
+        if torch.is_grad_enabled():
+            check_gradients((name, penalty) for name, _, penalty in entries)
+        if any(penalty.is_joint for _, _, penalty in entries):
+            return self._joint_value()
         weights = [p for _, p, _ in entries]
         penalties = [penalty for _, _, penalty in entries]
         scale = host_scalar(self.strength_scale)
@@ -131,6 +140,15 @@ class Regularizer(nn.Module):
         if learned or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return kernels.total_value(penalties, weights) * scale  # autograd records, and a compiler fuses
         return _PenaltyTerm.apply(penalties, scale, *weights)
+
+    def _joint_value(self) -> Tensor:
+        """The penalty where some of them take all weights of a rule together."""
+        total = self.strength_scale.new_zeros(())
+        for penalty, chosen in by_rule(a for a in self.assignments if a.trainable):
+            if penalty is not None:
+                value = penalty.value_all([a.parameter for a in chosen])
+                total = total.to(torch.promote_types(total.dtype, value.dtype)) + value.to(total.device)
+        return total * self.strength_scale
 
     def attach(self, optimizer: Optimizer) -> PenaltyHandle:
         """Add the penalty's gradient inside ``optimizer.step()``, whatever the training loop does before.
@@ -235,14 +253,16 @@ def _shape(p: Tensor) -> str:
 
 
 def _strengths(a: Assignment) -> str:
+    """The penalty's name and fields that are not at their defaults; a strength alone needs no name."""
     assert a.penalty is not None
-    strengths = a.penalty.strengths()
-    names = len(strengths) > 1
-    text = ", ".join(f"{name}={_number(s)}" if names else _number(s) for name, s in strengths.items())
-    return f"{a.penalty.type_name} {text}" + ("" if a.parameter.requires_grad else " (frozen: skipped)")
+    fields = {f.name: (getattr(a.penalty, f.name), f.default) for f in dataclasses.fields(a.penalty)}  # type: ignore[arg-type]
+    shown = {name: value for name, (value, default) in fields.items() if isinstance(value, Tensor) or value != default}
+    names = len(shown) > 1 or not shown.keys() <= set(a.penalty.strength_names())
+    text = ", ".join(f"{name}={_number(value)}" if names else _number(value) for name, value in shown.items())
+    return f"{a.penalty.type_name} {text}".strip() + ("" if a.parameter.requires_grad else " (frozen: skipped)")
 
 
-def _number(strength: Strength) -> str:
-    if isinstance(strength, Tensor) and strength.ndim:
-        return f"{strength.min().item():.4g}…{strength.max().item():.4g}" if strength.numel() else "empty"
-    return f"{float(strength):.4g}"
+def _number(value: object) -> str:
+    if isinstance(value, Tensor) and value.ndim:
+        return f"{value.min().item():.4g}…{value.max().item():.4g}" if value.numel() else "empty"
+    return f"{float(value):.4g}" if isinstance(value, (float, Tensor)) else str(value)

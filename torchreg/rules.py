@@ -26,13 +26,7 @@ _WEIGHTED = (
     nn.RNNCellBase,
     nn.MultiheadAttention,  # its in_proj_weight is the weight of three linear layers
 )
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -47,8 +41,7 @@ class _Weights:
 WEIGHTS = _Weights()
 """As a rule's key: the weights of linear, convolution, bilinear, recurrent and attention layers.
 
-What a bare penalty selects. ``{"head.*": None, WEIGHTS: L1(1e-4)}`` makes an exception from it.
-"""
+What a bare penalty selects. ``{"head.*": None, WEIGHTS: L1(1e-4)}`` makes an exception from it."""
 
 
 @dataclass
@@ -135,6 +128,14 @@ def assign(model: nn.Module, rules: Rules) -> list[Assignment]:
     return assignments
 
 
+def by_rule(assignments: Iterable[Assignment]) -> list[tuple[Penalty | None, list[Assignment]]]:
+    """The parameters that have a penalty by the same rule, in the order of the rules; those left alone come last."""
+    groups: dict[tuple[int, Penalty] | None, list[Assignment]] = {}
+    for a in assignments:
+        groups.setdefault(None if a.penalty is None else (a.rule_index or 0, a.penalty), []).append(a)
+    return [(key and key[1], groups[key]) for key in sorted(groups, key=lambda key: (key is None, key and key[0]))]
+
+
 def outdated(model: nn.Module, assignments: list[Assignment]) -> str:
     """What differs between the model's parameters and those that the rules were applied to; empty if nothing does."""
     names = {id(a.parameter): a.name for a in _parameters(_unwrapped(model))}
@@ -184,9 +185,9 @@ def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None
             f"on it is not one on the weight. Leave it alone with {exception}."
         )
     try:
-        penalty.check_shape(p.shape)
-    except ValueError as error:
-        raise ValueError(f"Parameter {a.name!r}: {error}") from None
+        penalty.check_weight(p)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Parameter {a.name!r}: {error}") from None
 
 
 def _reparametrised(a: Assignment) -> str:

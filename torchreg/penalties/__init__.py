@@ -1,6 +1,7 @@
 """Penalties: the mathematics, one small immutable object each."""
 
 from torchreg.penalties.base import Penalty, Step, Strength, from_dict
+from torchreg.penalties.constraints import Box, NonNegative, TopK
 from torchreg.penalties.nonconvex import L0, MCP, SCAD, LHalf, LogSum
 from torchreg.penalties.separable import L1, L2, ElasticNet, soft_threshold
 
@@ -10,12 +11,15 @@ __all__ = [
     "L2",
     "MCP",
     "SCAD",
+    "Box",
     "ElasticNet",
     "LHalf",
     "LogSum",
+    "NonNegative",
     "Penalty",
     "Step",
     "Strength",
+    "TopK",
     "from_dict",
     "soft_threshold",
 ]

@@ -220,6 +220,18 @@ class Penalty(ABC):
         for w, step in paired(weights, steps):
             self.prox_(w, step)
 
+    def value_all(self, weights: Sequence[Tensor]) -> Tensor:
+        """R of all weights of one rule, on the device of the first: the sum of `value` unless the penalty `is_joint`.
+
+        There is at least one weight.
+        """
+        first, *others = (self.value(w) for w in weights)
+        return sum((value.to(first.device) for value in others), start=first)
+
+    def residual_all(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """The `optimality_residual` of all weights of one rule: of each by itself unless the penalty `is_joint`."""
+        return [self.optimality_residual(w, grad) for w, grad in zip(weights, grads, strict=True)]
+
     @classmethod
     def strength_names(cls) -> tuple[str, ...]:
         """The names of the fields that hold strengths."""
@@ -251,6 +263,16 @@ class Penalty(ABC):
                     f"Expected `{name}` of {self.type_name} to broadcast to the weight's shape {tuple(shape)}, "
                     f"got a tensor of shape {tuple(strength.shape)}."
                 )
+
+    def check_weight(self, w: Tensor) -> None:
+        """Raise unless this penalty can be put on ``w``.
+
+        Raises:
+            TypeError: if ``w`` is no dense tensor of floating point or complex numbers, or of a kind that this penalty
+                refuses.
+            ValueError: if a strength does not broadcast to it.
+        """
+        self.check_shape(checked_weight(w).shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings and tensors only: safe for ``torch.load(weights_only=True)``."""
