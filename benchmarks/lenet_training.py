@@ -113,7 +113,7 @@ def _ramp(first: int, last: int, done: float) -> int:
 def probabilities(network: Network, images: Images) -> Tensor:
     network.eval()
     images = _visible(network, images)
-    parts = torch.arange(len(images.pixels)).split(1000)
+    parts = torch.arange(len(images.pixels)).split(250)
     return torch.cat([F.softmax(network(images.rows(rows)), 1) for rows in parts])
 
 
