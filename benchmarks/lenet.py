@@ -20,7 +20,7 @@ from typing import Any
 
 import lenet_data
 import torch
-from lenet_networks import expand, weights
+from lenet_networks import expand, size, weights
 from lenet_published import PUBLISHED
 from lenet_recipes import RECIPES, Recipe
 from lenet_training import error, run, start
@@ -69,7 +69,6 @@ def _result(network: torch.nn.Module, judge: lenet_data.Images, seconds: float) 
 
 def summary(seeds: dict[int, Result], recipe: Recipe, bars: dict[int, float]) -> Result:
     """All seeds' values by compression, their mean and deviation, and whether the bar is met."""
-    size = sum(w.numel() for w in weights(recipe.network()))
     rows: Result = {}
     for key in next(iter(seeds.values())):
         values = {what: [seed[key][what] for seed in seeds.values()] for what in ("error", "weights", "seconds")}
@@ -78,7 +77,7 @@ def summary(seeds: dict[int, Result], recipe: Recipe, bars: dict[int, float]) ->
         if key.isdigit():
             bar = bars.get(int(key))
             rows[key] |= {"bar": bar, "met": None if bar is None else rows[key]["mean"] <= bar}
-    return {"weights": size, "seeds": list(seeds), "compressions": rows}
+    return {"weights": size(recipe.network()), "seeds": list(seeds), "compressions": rows}
 
 
 def table(name: str, result: Result) -> str:

@@ -164,6 +164,10 @@ def weights(network: nn.Module) -> list[Tensor]:
     return [p for p in network.parameters() if p.ndim > 1]
 
 
+def size(network: nn.Module) -> int:
+    return sum(w.numel() for w in weights(network))
+
+
 def nonzero(network: nn.Module) -> int:
     return sum(int(torch.count_nonzero(w)) for w in weights(network))
 

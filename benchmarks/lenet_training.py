@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from lenet_data import Images
-from lenet_networks import LeNet300, Network, compact, nonzero, weights
+from lenet_networks import LeNet300, Network, compact, nonzero, size, weights
 from lenet_recipes import Moves, Phase, Recipe
 from torch import Tensor
 
@@ -49,60 +49,63 @@ def start(recipe: Recipe, images: Images, seed: int) -> tuple[State, Images]:
 def run(
     phase: Phase, state: State, images: Images, seed: int, tell: Callable[[str], None] = lambda text: None
 ) -> State:
-    """Train through one phase."""
+    """Train through one phase. Dead units are left out as soon as that saves a tenth."""
     begin = time.process_time()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for dropout
-    network = copy.deepcopy(state.network)
+    network, present, step, frozen = copy.deepcopy(state.network), None, 0, None
     if phase.cut is not None:
         cut_(network, phase.cut)
-    network = compact(network)
-    network.dropout = phase.dropout
-    rules = {torchreg.rules.WEIGHTS: torchreg.ElasticNet(phase.strength, phase.l2)}
-    groups = torchreg.Regularizer(network, rules).param_groups()
-    optimizer = torchreg.ProxSGD(groups, lr=phase.lr[0], momentum=phase.momentum)
-
-    columns = _visible(network, images)
     steps = phase.epochs * (len(images) // phase.batch)
-    present, step, masks = nonzero(network), 0, None
     for epoch in range(phase.epochs):
+        small = compact(network)
+        if epoch == 0 or size(small) < 0.9 * size(network):
+            network, visible, optimizer = small, seen(small, images), _optimizer(small, phase)
+            network.dropout = phase.dropout
+            present = present or nonzero(network)
+            frozen = frozen and torchreg.freeze_zeros(weights(network))
         network.train()
-        for rows in columns.batches(phase.batch, generator):
+        for rows in visible.batches(phase.batch, generator):
             done = step / steps
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr[1] + (phase.lr[0] - phase.lr[1]) * (1 + math.cos(math.pi * done)) / 2
             if phase.keep is not None and done < phase.settled and step % EVERY == 0:
                 cut_(network, _ramp(present, phase.keep, done / (0.9 * phase.settled)))
-            if masks is None and done >= phase.settled:
+            if frozen is None and done >= phase.settled:
                 cut_(network, phase.keep or present)
-                masks = [w != 0 for w in weights(network)]
+                frozen = torchreg.freeze_zeros(weights(network))
             optimizer.zero_grad()
-            logits = network(columns.rows(rows))
-            loss = F.cross_entropy(logits, columns.labels[rows % len(columns)])
+            logits = network(visible.rows(rows))
+            loss = F.cross_entropy(logits, visible.labels[rows % len(visible)])
             if phase.soft:
                 loss = (1 - phase.soft) * loss + phase.soft * F.cross_entropy(logits, state.teacher[rows])
             loss.backward()
             optimizer.step()
-            if masks is not None:
-                with torch.no_grad():
-                    for w, mask in zip(weights(network), masks, strict=True):
-                        w.mul_(mask)
             step += 1
         tell(f"epoch {epoch + 1}/{phase.epochs}: loss {loss.item():.3f}, {nonzero(network)} weights")
+    if frozen is not None:
+        frozen.remove()
     if phase.keep is not None:
         cut_(network, phase.keep)
     teacher = probabilities(network, images) if phase.teaches else state.teacher
     return State(network, teacher, state.seconds + time.process_time() - begin)
 
 
+def _optimizer(network: Network, phase: Phase) -> torchreg.ProxSGD:
+    regularizer = torchreg.Regularizer(network, torchreg.ElasticNet(phase.strength, phase.l2))
+    return torchreg.ProxSGD(regularizer.param_groups(), lr=phase.lr[0], momentum=phase.momentum)
+
+
 @torch.no_grad()
 def cut_(network: Network, keep: int) -> None:
-    """Zero all but the weights of largest magnitude."""
+    """Zero all but the weights of largest magnitude, among those that are no dead unit's."""
+    network.fold_()
     moduli = torch.cat([w.abs().flatten() for w in weights(network)])
     if keep < len(moduli):
         threshold = moduli.kthvalue(len(moduli) - keep).values
         for w in weights(network):
             w.mul_(w.abs() > threshold)
+        network.fold_()
 
 
 def _ramp(first: int, last: int, done: float) -> int:
@@ -112,7 +115,7 @@ def _ramp(first: int, last: int, done: float) -> int:
 @torch.no_grad()
 def probabilities(network: Network, images: Images) -> Tensor:
     network.eval()
-    images = _visible(network, images)
+    images = seen(network, images)
     parts = torch.arange(len(images.pixels)).split(250)
     return torch.cat([F.softmax(network(images.rows(rows)), 1) for rows in parts])
 
@@ -122,7 +125,8 @@ def error(network: Network, images: Images) -> float:
     return 100 * (probabilities(network, images).argmax(1) != images.labels).double().mean().item()
 
 
-def _visible(network: Network, images: Images) -> Images:
+def seen(network: Network, images: Images) -> Images:
+    """The images as a network takes them: LeNet-300-100 without the pixels that it no longer reads."""
     if isinstance(network, LeNet300) and len(network.kept["pixels"]) < images.pixels.shape[1]:
         return images.columns(network.kept["pixels"])
     return images

@@ -88,11 +88,22 @@ def test_compacting_again_after_a_cut_keeps_the_function(kind):
 
 
 def test_a_cut_keeps_the_largest_weights():
+    torch.manual_seed(0)
     network = LeNet300()
-    moduli = torch.cat([w.abs().flatten() for w in weights(network)]).sort(descending=True).values
-    lenet_training.cut_(network, 1000)
-    kept = torch.cat([w[w != 0].abs() for w in weights(network)])
-    torch.testing.assert_close(kept.sort(descending=True).values, moduli[:1000], rtol=0, atol=0)
+    for w in weights(network):
+        torch.nn.init.normal_(w)
+    moduli = torch.cat([w.detach().abs().flatten() for w in weights(network)]).sort(descending=True).values
+    lenet_training.cut_(network, 20_000)
+    kept = torch.cat([w[w != 0].detach().abs() for w in weights(network)])
+    torch.testing.assert_close(kept.sort(descending=True).values, moduli[:20_000], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_cut_leaves_no_weight_to_a_dead_unit(kind):
+    network = pruned(kind, 0.3)
+    lenet_training.cut_(network, 3000)
+    before = nonzero(network)
+    assert nonzero(compact(network)) == before <= 3000
 
 
 def test_the_validation_images_are_left_out_of_training(mnist, monkeypatch):
