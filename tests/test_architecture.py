@@ -25,6 +25,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.hook": 4,
     "torchreg.regularizer": 4,
     "torchreg.optim": 4,
+    "torchreg.target": 4,
     "torchreg.monitor": 4,
     "torchreg.cli": 5,
     "torchreg.__main__": 6,

@@ -7,6 +7,7 @@ from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import L0, L1, L2, MCP, SCAD, Box, ElasticNet, LHalf, LogSum, NonNegative, TopK
 from torchreg.regularizer import Regularizer
 from torchreg.support import freeze_zeros, thaw
+from torchreg.target import TargetSparsity
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SparsityMonitor",
     "SparsityReport",
     "TopK",
+    "TargetSparsity",
     "freeze_zeros",
     "kkt_residual",
     "penalties",

@@ -1,0 +1,374 @@
+"""A target instead of a strength: the fraction of zeros is given, and the threshold follows."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from torchreg.monitor.transfer import Transfer, fetch
+from torchreg.penalties import Penalty, Strength
+from torchreg.penalties.base import host_scalar
+from torchreg.penalties.separable import is_shrinkage
+from torchreg.scales import Scales, checked_count
+
+TOLERANCE = 0.005
+"""Half a point: how far from its target a fraction may be without a warning."""
+
+SAMPLE = 1 << 18
+"""Weights that a quantile is taken of. It is then right within 0.06 points (a standard deviation, at 90 % zeros)."""
+
+_MARGIN = 1 + 1e-6
+"""The weight at the quantile is to be shrunk away, whatever the rounding of its threshold."""
+
+
+@dataclass
+class _Goal:
+    """A fraction of zeros for some groups together."""
+
+    name: str
+    fraction: float
+    scales: Scales
+    start: float = 0.0
+    warned: bool = False
+
+
+class TargetSparsity:
+    """Moves the strength scale of a proximal optimizer so that a given fraction of the weights is exactly zero.
+
+    After t steps the fraction is to be, on a ramp that is steep at first and leaves time to recover at the end,
+
+        s(t) = target + (s₀ − target)·(1 − p)³,    p = (t − after)/(until − after) within 0 and 1,
+
+    with the fraction s₀ at the beginning. Between the gradient's part of a step and its proximal operator, which zeroes
+    the weights with |w| ≤ scale·τ·λ, the scale is set to the quantile of |w|/(τ·λ) at s(t): so many weights are zero
+    then. It adapts to the loss, the learning rate and the optimizer's metric, and unlike a controller it has no gain to
+    tune and nothing to wind up. Such a step passes over memory twice.
+
+    No step waits for a device: the quantile is taken there, of an evenly spread sample where there are more than 2¹⁸
+    weights. If half a point is missing at ``until`` or later, a warning says so, on CUDA with a delay.
+
+    Call ``step()`` after each ``optimizer.step()``; nothing advances inside it. The strengths of the penalties only
+    matter relative to each other. To stop training at the target and refit: `remove`, then `torchreg.freeze_zeros`.
+    Beside it use no schedule for the same groups.
+
+    Args:
+        optimizer: a proximal optimizer, whose penalties make zeros of single weights: L1, Elastic Net and the like.
+        target: the fraction of zeros, 0 ≤ target < 1, over all penalised weights that get gradients, or one per rule: a
+            mapping from names (the rules' keys, as in `Regularizer.param_groups`) or positions of param groups. Groups
+            that are not in it keep their scale, apart from the regularizer's.
+        until: the step at which the target is to be reached.
+        after: the step up to which nothing is zeroed (the scale is 0).
+        every: how often the threshold is chosen before ``until``. With more than 1 it is kept in between, which makes
+            the way cheaper and less steady: a threshold that empties some weights in a step empties more in several.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind, or the optimizer has no ``register_prox_pre_hook``.
+        ValueError: if a target is outside [0, 1), ``until`` is not greater than ``after``, no group has a penalty, or a
+            group's penalty can't make zeros, or an unknown rule is named.
+
+    >>> import torch, torchreg
+    >>> w = torch.nn.Parameter(torch.arange(1.0, 11.0))
+    >>> optimizer = torchreg.ProxSGD([w], lr=0.1, penalty=torchreg.L1(1.0))
+    >>> target = torchreg.TargetSparsity(optimizer, 0.3, until=2, every=1)
+    >>> for _ in range(3):
+    ...     w.grad = torch.zeros(10)
+    ...     optimizer.step()
+    ...     target.step()
+    >>> target.reached()
+    {'all': 0.3}
+
+    Source: the ramp is that of Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018 (arXiv 2017).
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        target: float | Mapping[int | str, float],
+        *,
+        until: int,
+        after: int = 0,
+        every: int = 1,
+    ) -> None:
+        self.until, self.after = checked_count("until", until, least=1), checked_count("after", after)
+        self.every = checked_count("every", every, least=1)
+        if not self.after < self.until:
+            raise ValueError(f"Expected `until` to be greater than `after`, got {until} and {after}.")
+        self._goals = _goals(optimizer, target)
+        self.optimizer = self._goals[0].scales.holder
+        self.last_epoch = 0
+        self._samples: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._pending: Transfer | None = None
+        for goal in self._goals:
+            goal.scales.unshare()
+            _place(goal.scales)
+        for goal, reached in zip(self._goals, fetch([self._zeros(goal) for goal in self._goals]), strict=True):
+            goal.start = reached.item()
+        self._hook: RemovableHandle | None = None
+        self._called = self._removed = False
+        self._arm()
+
+    def wanted(self, step: int | None = None) -> dict[str, float]:
+        """s(t), the fraction that each goal asks for after ``step`` steps, by default now."""
+        at = self.last_epoch if step is None else checked_count("step", step)
+        return {goal.name: self._wanted(goal, at) for goal in self._goals}
+
+    @torch.no_grad()
+    def reached(self) -> dict[str, float]:
+        """The fraction of zeros of each goal, counted now over all its weights. Waits for the device."""
+        zeros = fetch([self._zeros(goal, sample=False) for goal in self._goals])
+        return {goal.name: zero.item() for goal, zero in zip(self._goals, zeros, strict=True)}
+
+    def step(self) -> None:
+        """Advance by one. To be called after ``optimizer.step()``."""
+        self.last_epoch += 1
+        if self._pending is not None:
+            self._judge(self._pending)
+        elif self.last_epoch >= self.until and (self.last_epoch - self.until) % self.every == 0:
+            with torch.no_grad():
+                self._pending = Transfer([self._zeros(goal) for goal in self._goals], wait=False)
+            if self._pending.arrived:
+                self._judge(self._pending)
+        self._arm()
+
+    def remove(self) -> None:
+        """Let go of the optimizer; the scales stay as they are. Calling it twice does no harm."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._removed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, and each goal's scales and first fraction: numbers and tensors only."""
+        return {
+            "last_epoch": self.last_epoch,
+            "due": self._hook is not None,
+            "start": [goal.start for goal in self._goals],
+            "scales": [torch.as_tensor(scale).detach().clone() for goal in self._goals for scale in goal.scales.read()],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where the state was saved, bit for bit.
+
+        Raises:
+            ValueError: if it is no such state, or one of other goals (nothing is changed then).
+            TypeError: if the saved step is no integer.
+        """
+        if not isinstance(state_dict, Mapping) or set(state_dict) != {"last_epoch", "due", "start", "scales"}:
+            raise ValueError("Expected the state of a TargetSparsity: 'last_epoch', 'due', 'start' and 'scales'.")
+        last_epoch = checked_count("last_epoch", state_dict["last_epoch"])
+        start = [
+            _fraction(f"start of {goal.name}", s) for goal, s in zip(self._goals, state_dict["start"], strict=False)
+        ]
+        scales = list(state_dict["scales"])
+        if len(state_dict["start"]) != len(self._goals) or len(scales) != sum(len(g.scales) for g in self._goals):
+            raise ValueError(
+                f"The saved state is of {len(state_dict['start'])} goals in {len(scales)} groups; here are "
+                f"{len(self._goals)} in {sum(len(g.scales) for g in self._goals)}."
+            )
+        self.last_epoch, self._pending = last_epoch, None
+        for goal, first in zip(self._goals, start, strict=True):
+            goal.start = first
+            goal.scales.write(scales[: len(goal.scales)])
+            del scales[: len(goal.scales)]
+        self._called = True  # what was due here is due no more
+        self._arm(still_due=bool(state_dict["due"]))
+
+    def _arm(self, still_due: bool = False) -> None:
+        """Have the optimizer call `_choose` in its next step if the threshold is to be chosen in that, or still is."""
+        if self._hook is not None and self._called:
+            self._hook.remove()
+            self._hook = None
+        next_ = self.last_epoch + 1
+        due = next_ == 1 or next_ >= self.until or (next_ >= self.after and (next_ - self.after) % self.every == 0)
+        due = due or still_due
+        if due and self._hook is None and not self._removed:
+            self._called = False
+            self._hook = self.optimizer.register_prox_pre_hook(self._choose)
+
+    def _wanted(self, goal: _Goal, step: int) -> float:
+        if step < self.after:
+            return 0.0
+        progress = min((step - self.after) / (self.until - self.after), 1.0)
+        return goal.fraction + (goal.start - goal.fraction) * (1 - progress) ** 3
+
+    def _choose(self, optimizer: Any, points: list[Any]) -> None:
+        """Set the scales to what makes the wanted fraction of the points zero."""
+        self._called = True
+        for goal in self._goals:
+            groups = goal.scales.groups()
+            ratios = self._ratios([point for point in points if any(point.group is group for group in groups)])
+            if ratios is None:
+                continue
+            wanted = math.floor(self._wanted(goal, self.last_epoch + 1) * ratios.numel() + 0.5)
+            if wanted == 0:
+                goal.scales.write([0.0] * len(groups))
+                continue
+            quantile = torch.kthvalue(ratios, wanted).values * _MARGIN  # NaN comes last
+            old = [torch.as_tensor(scale, device=quantile.device) for scale in goal.scales.read()]
+            goal.scales.write([torch.where(quantile.isfinite(), quantile, scale) for scale in old])
+
+    def _ratios(self, points: list[Any]) -> Tensor | None:
+        """The scale from which on each weight, or each of a sample, is zero; NaN if at none, None if nothing moves."""
+        total = sum(w.numel() for point in points for w in point.params)
+        parts: list[Tensor] = []
+        for point in points:
+            for w, step in zip(point.params, point.steps, strict=True):
+                step = host_scalar(step)
+                if w.numel() == 0 or (not isinstance(step, Tensor) and step == 0):
+                    continue
+                index = self._index(w, total)
+                parts.append(_ratio(point.group["penalty"], w, step, index))
+        return torch.cat([part.to(parts[0]) for part in parts]) if parts else None
+
+    def _zeros(self, goal: _Goal, sample: bool = True) -> Tensor:
+        """The fraction of zeros among a goal's weights, or among a sample of them: a float64 0-d tensor."""
+        weights = [p.detach() for group in goal.scales.groups() for p in group["params"] if p.requires_grad]
+        total = sum(w.numel() for w in weights)
+        here = [w if not sample else _taken(w, self._index(w, total)) for w in weights]
+        counts = [(w == 0).sum().to(weights[0].device) for w in here]
+        return torch.stack(counts).sum().double() / max(1, sum(w.numel() for w in here))
+
+    def _index(self, w: Tensor, total: int) -> Tensor | None:
+        """Positions of the share of a tensor in a sample of SAMPLE from ``total`` weights, or None for all."""
+        if total <= SAMPLE:
+            return None
+        size, count = w.numel(), -(-w.numel() * SAMPLE // total)
+        key = (size, count, w.device)
+        if key not in self._samples:
+            self._samples[key] = _spread(size, count, w.device)
+        return self._samples[key]
+
+    def _judge(self, pending: Transfer) -> None:
+        """Warn of goals that are missed."""
+        self._pending = None
+        for goal, reached in zip(self._goals, pending.tensors(), strict=True):
+            if goal.warned or abs(reached.item() - goal.fraction) <= TOLERANCE:
+                continue
+            goal.warned = True
+            warnings.warn(
+                f"The target of {goal.fraction:.1%} zeros ({goal.name}) is missed: {reached.item():.1%} at step "
+                f"{self.last_epoch}. Zeros that get no gradient never wake, and weights without one, with a strength "
+                "of 0 or NaN never become zero.",
+                stacklevel=3,
+            )
+
+
+def _goals(optimizer: Any, target: Any) -> list[_Goal]:
+    """The goals, checked; nothing is changed."""
+    if isinstance(target, Mapping):
+        if not target:
+            raise ValueError("Expected `target` to name at least one rule, got none.")
+        pairs = [(str(key), _fraction(f"target of {key!r}", value), key) for key, value in target.items()]
+    else:
+        pairs = [("all", _fraction("target", target), None)]
+    goals = [_Goal(name, fraction, Scales(optimizer, groups)) for name, fraction, groups in pairs]
+    holder = goals[0].scales.holder
+    if not hasattr(holder, "register_prox_pre_hook"):
+        raise TypeError(
+            f"Expected a proximal optimizer with `register_prox_pre_hook` (ProxSGD, ProxAdamW or Proximal), got "
+            f"{type(holder).__name__}."
+        )
+    chosen = [i for goal in goals for i in goal.scales.indices]
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"Expected `target` to name every param group once, got {list(target)}.")
+    if not isinstance(target, Mapping):  # constraints too: they are penalised weights that no scale moves
+        chosen = [i for i, group in enumerate(holder.param_groups) if group["penalty"] is not None]
+    for i in chosen:
+        _check_makes_zeros(holder.param_groups[i], i, per_rule=isinstance(target, Mapping))
+    for goal in goals:
+        if not any(p.requires_grad for group in goal.scales.groups() for p in group["params"]):
+            raise ValueError(f"The groups of the target {goal.name} hold no trainable parameter.")
+    return goals
+
+
+def _check_makes_zeros(group: Mapping[str, Any], index: int, per_rule: bool) -> None:
+    penalty = group["penalty"]
+    if _soft_threshold(penalty) is not None or _law(penalty) is not None:
+        return
+    hint = "" if per_rule else "; give a target for each of the other rules instead"
+    raise ValueError(
+        f"Param group {index} has {penalty.type_name}, whose strength does not zero weights one by one{hint}."
+    )
+
+
+def _fraction(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"Expected `{name}` to be a fraction in [0, 1), got {value!r}.")
+    number = float(value)
+    if not 0 <= number < 1:
+        raise ValueError(f"Expected `{name}` to be a fraction in [0, 1), got {number}.")
+    return number
+
+
+def _place(scales: Scales) -> None:
+    """Make the scales tensors beside the weights: a float, or a tensor elsewhere, could not be set without waiting."""
+    placed: dict[Any, Tensor] = {}
+    for group in scales.groups():
+        scale, device = group["strength_scale"], group["params"][0].device
+        if not isinstance(scale, Tensor):
+            group["strength_scale"] = placed.setdefault(device, torch.tensor(scale, device=device))
+        elif scale.device != device:
+            group["strength_scale"] = placed.setdefault((id(scale), device), scale.detach().to(device))
+
+
+def _ratio(penalty: Penalty, w: Tensor, step: float | Tensor, index: Tensor | None) -> Tensor:
+    """The scale from which on each weight is zero: (|w|/θ)^(1/p)/τ where the threshold is θ·(τ·scale)^p."""
+    modulus = _taken(w, index).abs()
+    modulus = modulus if modulus.dtype == torch.float64 else modulus.float()
+    if isinstance(step, Tensor):
+        step = step.to(modulus) if step.ndim == 0 else _taken(step.expand(w.shape), index).to(modulus)
+    strength = _soft_threshold(penalty)
+    if strength is None:
+        law = _law(penalty)
+        assert law is not None  # checked in the beginning
+        unit, power = law
+        modulus = (modulus / unit) ** (1 / power)
+    elif isinstance(strength, Tensor):
+        step = step * (strength if strength.ndim == 0 else _taken(strength.expand(w.shape), index)).to(modulus)
+    else:
+        step = step * strength
+    if not isinstance(step, Tensor):
+        return modulus / step if step > 0 else torch.full_like(modulus, math.nan)
+    return torch.where(step > 0, modulus / step, math.nan)
+
+
+def _soft_threshold(penalty: Penalty) -> Strength | None:
+    """λ such that weights up to τ·λ become zero, where that is how the penalty works; None if not, or at 0."""
+    strength = host_scalar(penalty.parts()[0]) if is_shrinkage(penalty) else None  # type: ignore[attr-defined]
+    return strength if isinstance(strength, Tensor) or strength else None
+
+
+def _law(penalty: Penalty) -> tuple[float, float] | None:
+    """(θ, p) such that small steps zero the weights up to θ·step^p, and only those; None if there are none such."""
+    if penalty.is_joint or any(isinstance(s, Tensor) and s.ndim for s in penalty.strengths().values()):
+        return None
+    small = 1e-6
+    try:
+        low, high = (float(penalty.threshold(step)) for step in (small, small * 16))
+        if not (penalty.strengths() and 0 < low < high < math.inf):
+            return None
+        kept = penalty.prox(torch.tensor([0.99 * low, 1.01 * low], dtype=torch.float64), small) != 0
+    except (NotImplementedError, ValueError, TypeError, RuntimeError):
+        return None
+    power = round(math.log(high / low, 16), 9)
+    return (low / small**power, power) if kept.tolist() == [False, True] else None
+
+
+def _taken(w: Tensor, index: Tensor | None) -> Tensor:
+    return w.flatten() if index is None else torch.take(w, index)
+
+
+def _spread(size: int, count: int, device: torch.device) -> Tensor:
+    """``count`` different positions below ``size``, spread evenly over rows and columns: golden ratio's multiples."""
+    stride = max(1, round(size * (math.sqrt(5) - 1) / 2))
+    while math.gcd(stride, size) != 1:
+        stride += 1
+    return torch.arange(count, device=device) * stride % size
