@@ -75,11 +75,10 @@ def digits():
 
 @pytest.mark.parametrize(
     ("make", "lr", "options", "loss"),
-    [(ProxSGD, 0.2, {"momentum": 0.9}, 0.01), (ProxAdamW, 5e-3, {"weight_decay": 0}, 0.03)],
+    [(ProxSGD, 0.2, {"momentum": 0.9}, 0.01), (ProxAdamW, 3e-2, {"weight_decay": 0}, 0.01)],
     ids=["ProxSGD", "ProxAdamW"],
 )
 def test_ninety_percent_on_the_digits(make, lr, options, loss):
-    """In so few steps ProxAdamW needs twice the strength that ProxSGD needs, and loses more."""
     data, training = digits()
     accuracies = {0.0: [], 0.9: []}
     steps, until = 700, 300
