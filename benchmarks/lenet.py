@@ -94,10 +94,10 @@ def table(name: str, result: Result) -> str:
     return render((name, "weights", "error %", "", "bar", "CPU s a seed"), rows)
 
 
-def readme_table(document: Result) -> str:
+def readme_table(networks: Result) -> str:
     """The rows that README.md quotes, in Markdown: published ones and, in bold, those measured here."""
     parts = []
-    for name, result in document["networks"].items():
+    for name, result in networks.items():
         rows = [(p.compression, f"{p.compression} ×", p.method, p.error, f"{p.kept:g}") for p in PUBLISHED[name]]
         for key, row in result["compressions"].items():
             if key == "dense":
@@ -129,9 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     train, test = lenet_data.load(options.data)
     facts = machine(torch.device("cpu"))
     path = options.json or (None if options.validate or options.seeds else RESULTS)
-    document: Result = {"networks": {}}
-    if path and path.exists():
-        document = json.loads(path.read_text(encoding="utf-8"))
+    networks: Result = {}
     print(f"{facts['cpu']}, 1 thread, torch {torch.__version__}\n")
     for name in options.networks:
         recipe, seeds = RECIPES[name], {}
@@ -140,19 +138,28 @@ def main(arguments: list[str] | None = None) -> int:
             seeds[seed] = one_seed(recipe, images, judge, seed)
             shown = {key: value["error"] for key, value in seeds[seed].items()}
             print(f"{name}, seed {seed}: {shown}", flush=True)
-        result = summary(seeds, recipe, {} if options.validate else BARS[name])
-        result["judged_by"] = f"{lenet_data.HELD_OUT} training images left out" if options.validate else "test images"
-        result["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        result |= {"machine": facts, "recipe": dataclasses.asdict(recipe) | {"network": name}}
-        document["networks"][name] = result
+            result = summary(seeds, recipe, {} if options.validate else BARS[name])
+            result["judged_by"] = (
+                f"{lenet_data.HELD_OUT} training images left out" if options.validate else "test images"
+            )
+            result["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+            result |= {"machine": facts, "recipe": dataclasses.asdict(recipe) | {"network": name}}
+            networks = _saved(path, name, result) if path else networks | {name: result}
         print(f"\n{table(name, result)}\n", flush=True)
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            print(f"written to {path}\n")
-    print(f"for README.md:\n\n{readme_table(document)}")
-    rows = [row for result in document["networks"].values() for row in result["compressions"].values()]
+    if path:
+        print(f"written to {path}\n")
+    print(f"for README.md:\n\n{readme_table(networks)}")
+    rows = [row for result in networks.values() for row in result["compressions"].values()]
     return int(any(row.get("met") is False for row in rows))
+
+
+def _saved(path: Path, name: str, result: Result) -> Result:
+    """Put one network's result into the file, beside the others' that are in it; returns them all."""
+    networks = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.exists() else {}
+    networks[name] = result
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"networks": networks}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return networks
 
 
 def _teller(what: str) -> Any:

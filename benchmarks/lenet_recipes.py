@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lenet_networks import LeNet5, LeNet300
 
@@ -49,24 +49,46 @@ class Moves:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The phases that all compressions share, then those of each."""
+    """What to train on, the phases that all compressions share, then those of each."""
 
     network: type[LeNet300] | type[LeNet5]
     shared: tuple[Phase, ...]
     then: dict[int, tuple[Phase, ...]]
-    moves: Moves = field(default_factory=Moves)
+    moves: Moves = Moves()
 
 
-def _lenet300(compression: int) -> tuple[Phase, ...]:
+def _lenet300(compression: int, epochs: int) -> Phase:
     keep = 266_200 // compression
-    return (Phase(20, (0.02, 0.0), strength=1e-4, cut=max(3900, keep), keep=keep, settled=0.6),)
+    return Phase(epochs, (0.06, 0.0), batch=256, strength=1e-4, cut=12_000, keep=keep, settled=0.6, soft=0.5)
+
+
+def _lenet5(compression: int) -> Phase:
+    keep = 430_500 // compression
+    return Phase(30, (0.02, 0.0), batch=64, strength=5e-5, cut=4000, keep=keep, settled=0.6, soft=0.5)
 
 
 RECIPES = {
     "LeNet-300-100": Recipe(
         LeNet300,
-        shared=(Phase(3, (0.05, 0.05), dropout=0.1), Phase(40, (0.05, 0.005), strength=2e-4, dropout=0.1)),
-        then={68: (Phase(10, (0.005, 0.0), l2=2.5e-4, cut=3900, settled=0.0),)}
-        | {compression: _lenet300(compression) for compression in (100, 150, 200)},
+        moves=Moves(copies=8, degrees=7, scale=0.07, shift=1),
+        shared=(
+            Phase(20, (0.05, 0.001), dropout=0.1, teaches=True),
+            Phase(40, (0.05, 0.005), strength=2e-4, soft=0.5),
+        ),
+        then={
+            68: (_lenet300(68, epochs=50),),
+            100: (_lenet300(100, epochs=70),),
+            150: (_lenet300(150, epochs=100),),
+            200: (_lenet300(200, epochs=120),),
+        },
+    ),
+    "LeNet-5": Recipe(
+        LeNet5,
+        moves=Moves(copies=4, degrees=7, scale=0.07, shift=1),
+        shared=(
+            Phase(8, (0.03, 0.001), batch=64, teaches=True),
+            Phase(18, (0.03, 0.005), batch=64, strength=2e-4, soft=0.5),
+        ),
+        then={200: (_lenet5(200),), 280: (_lenet5(280),)},
     ),
 }
