@@ -278,6 +278,17 @@ def test_a_group_that_can_not_be_shrunk_is_refused_and_nothing_changes(change, e
     assert len(opt.param_groups) == 1
 
 
+def test_a_step_too_long_for_the_penalty_is_refused_before_any_change():
+    w = nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    opt = Proximal(SGD([w], lr=0.2, momentum=0.9), penalty=torchreg.MCP(0.1, gamma=1.5))
+    with pytest.raises(ValueError, match="gamma"):
+        opt.step()
+    assert torch.equal(w.detach(), torch.ones(2))
+    opt.param_groups[0]["lr"] = 0.1
+    opt.step()
+
+
 def test_complex_weights_need_a_metric_that_keeps_their_parts_together():
     params = parameters(torch.complex64)[:2]
     with pytest.raises(TypeError, match="complex"):

@@ -64,6 +64,11 @@ class ProxSteps:
         self.metric = metric
         self._optimizer = optimizer
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all weights of a group have the step `base`."""
+        return self.metric == "identity" or (self.metric is None and self.known is not None and not self.known.metric)
+
     def base(self, group: Mapping[str, Any]) -> Step:
         """γ·G·strength_scale, checked where the host knows it."""
         gain = 1.0 if self.known is None else self.known.gain(group)
@@ -74,7 +79,7 @@ class ProxSteps:
         if self.metric is not None and not isinstance(self.metric, str):
             return checked_step(self.metric(self._optimizer, group, p), p)
         step = self.base({**group, "strength_scale": 1.0})
-        if self.metric is not None or self.known is None or self.known.metric is None:
+        if self.is_uniform or self.known is None or self.known.metric is None:
             return step
         return self.known.metric(self._optimizer.state[p], group, step)
 

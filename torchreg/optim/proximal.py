@@ -257,7 +257,10 @@ class Proximal(Optimizer):
                 raise RuntimeError(f"Group {i} has lost its penalty: load checkpoints by Proximal, not by its `inner`.")
         penalized = [i for i, group in enumerate(self.param_groups) if usable_penalty(group) is not None]
         for i in penalized:
-            self._steps.check(self.param_groups[i], i)
+            group = self.param_groups[i]
+            self._steps.check(group, i)
+            if self._steps.is_uniform:
+                group["penalty"].check_step(self._steps.base(group))
         loss = None
         if closure is not None and self._steps.known is not None:
             with torch.enable_grad():
