@@ -1,4 +1,4 @@
-"""What all proximal optimizers share: param groups with penalties, checkpoints, fused steps, the order of a step."""
+"""What all proximal optimizers share: fused steps, and the order of a step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torchreg import kernels
 from torchreg.kernels.rounding import HALF
-from torchreg.optim.groups import (
-    adopt_penalties,
-    check_form,
-    check_keys,
-    check_penalized_params,
-    check_required,
-    check_state_shapes,
-    checked_penalty,
-    checked_scale,
-    packed,
-    share_scales,
-)
+from torchreg.optim.groups import checked_penalty, checked_scale
+from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.penalties import L1
 from torchreg.penalties.base import Step, host_scalar
 
@@ -49,73 +39,23 @@ class ProxPoint:
     steps: list[Step]
 
 
-class ProximalOptimizer(Optimizer):
+class ProximalOptimizer(PenalizedOptimizer):
     """An optimizer whose groups may hold ``penalty`` and ``strength_scale``, and whose steps end in the prox."""
 
-    applies_penalties = True
-
-    _required: ClassVar[tuple[str, ...]]
-    """Hyperparameters without which a loaded group is another optimizer's."""
-    _origin: ClassVar[str]
-    """The optimizers whose states can be loaded, in words."""
-    _buffers: ClassVar[tuple[str, ...]]
-    """The entries of the state that have their parameter's shape."""
-    _later: ClassVar[Mapping[str, Any]]
-    """Values of hyperparameters that a loaded group may lack."""
+    _local = ("fused",)
     _update: ClassVar[kernels.Update]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._check_group(defaults)
         self._fused = kernels.FusedSteps(self._update)
         self._prox_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Used by unpickling, deepcopy and load_state_dict alike; checks before it changes anything."""
-        groups, current = state["param_groups"], self.__dict__.get("param_groups", [])
-        check_required(groups, self._required, self._origin)
-        adopt_penalties(groups, current)
-        check_state_shapes(groups, state["state"], self._buffers)
-        for i, group in enumerate(groups):
-            for key, default in self._later.items():
-                group.setdefault(key, default)
-            if i < len(current):
-                group["fused"] = current[i]["fused"]  # a matter of the machine, not of the checkpoint's
-            self._check_group(group)
-        share_scales(groups, current)
+        """See `PenalizedOptimizer`; what is prepared for fused steps, and the hooks, are no part of the state."""
+        super().__setstate__({key: value for key, value in state.items() if key not in ("_fused", "_prox_pre_hooks")})
         self._fused = kernels.FusedSteps(self._update)
         if "_prox_pre_hooks" not in self.__dict__:
             self._prox_pre_hooks = OrderedDict()
-        super().__setstate__({key: value for key, value in state.items() if key not in ("_fused", "_prox_pre_hooks")})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see `torch.optim.Optimizer.add_param_group`. Unknown keys are refused."""
-        if isinstance(param_group, dict):
-            check_keys(param_group, self.defaults)
-            self._check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        try:
-            check_penalized_params(self.param_groups[-1], index=len(self.param_groups) - 1)
-            self._check_params(self.param_groups[-1])
-        except (RuntimeError, TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as numbers, strings and tensors; penalties in their dict form."""
-        return packed(super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer or of the torch optimizer that it extends.
-
-        One that does not fit is refused and changes nothing.
-
-        Raises:
-            ValueError: if it is no optimizer's state, or one of other groups, shapes or hyperparameters.
-            TypeError: if a hyperparameter or penalty in it is of the wrong type.
-        """
-        check_form(state_dict)
-        super().load_state_dict(state_dict)
 
     def step_counts(self) -> kernels.FusedSteps | None:
         """What the last step counted of the weights on its way, or None if it was not a fused one."""
@@ -212,10 +152,6 @@ class ProximalOptimizer(Optimizer):
             params.append(p)
             grads.append(grad)
         return self._update.tensors(params, grads)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Raise unless the hyperparameters make sense."""
-        raise NotImplementedError
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         """Raise unless a fused step can be had for every parameter of a group that asks for it."""

@@ -1,0 +1,91 @@
+"""What all optimizers with penalties in their param groups share: the groups' checks, and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from torchreg.optim.groups import (
+    adopt_penalties,
+    check_form,
+    check_keys,
+    check_penalized_params,
+    check_required,
+    check_state_shapes,
+    packed,
+    share_scales,
+)
+
+
+class PenalizedOptimizer(Optimizer):
+    """An optimizer whose groups may hold ``penalty`` and ``strength_scale``."""
+
+    applies_penalties = True
+
+    _required: ClassVar[tuple[str, ...]]
+    """Hyperparameters without which a loaded group is another optimizer's."""
+    _origin: ClassVar[str]
+    """The optimizers whose states can be loaded, in words."""
+    _buffers: ClassVar[tuple[str, ...]]
+    """The entries of the state that have their parameter's shape."""
+    _later: ClassVar[Mapping[str, Any]] = {}
+    """Values of hyperparameters that a loaded group may lack."""
+    _local: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters that are a matter of the machine, not of the checkpoint's."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Used by unpickling, deepcopy and load_state_dict alike; checks before it changes anything."""
+        groups, current = state["param_groups"], self.__dict__.get("param_groups", [])
+        check_required(groups, self._required, self._origin)
+        adopt_penalties(groups, current)
+        check_state_shapes(groups, state["state"], self._buffers)
+        for i, group in enumerate(groups):
+            for key, default in self._later.items():
+                group.setdefault(key, default)
+            if i < len(current):
+                group.update({key: current[i][key] for key in self._local})
+            self._check_group(group)
+        share_scales(groups, current)
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see `torch.optim.Optimizer.add_param_group`. Unknown keys are refused."""
+        if isinstance(param_group, dict):
+            check_keys(param_group, self.defaults)
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            check_penalized_params(self.param_groups[-1], index=len(self.param_groups) - 1)
+            self._check_params(self.param_groups[-1])
+        except (RuntimeError, TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as numbers, strings and tensors; penalties in their dict form."""
+        return packed(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer or of the torch optimizer that it extends.
+
+        One that does not fit is refused and changes nothing.
+
+        Raises:
+            ValueError: if it is no optimizer's state, or one of other groups, shapes or hyperparameters.
+            TypeError: if a hyperparameter or penalty in it is of the wrong type.
+        """
+        check_form(state_dict)
+        super().load_state_dict(state_dict)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raise unless the hyperparameters make sense."""
+        raise NotImplementedError
+
+    def _check_params(self, group: Mapping[str, Any]) -> None:
+        """Raise unless each parameter of a group can be stepped."""
