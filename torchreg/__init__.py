@@ -2,7 +2,7 @@
 
 from torchreg import penalties, rules, schedules
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
-from torchreg.optim import ProxAdamW, Proximal, ProxSGD
+from torchreg.optim import FISTA, ProxAdamW, Proximal, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import L0, L1, L2, MCP, SCAD, Box, ElasticNet, LHalf, LogSum, NonNegative, TopK
 from torchreg.regularizer import Regularizer
@@ -11,6 +11,7 @@ from torchreg.target import TargetSparsity
 
 __version__ = "0.1.0"
 __all__ = [
+    "FISTA",
     "L0",
     "L1",
     "L2",

@@ -1,8 +1,9 @@
 """Optimizers whose steps end in a proximal operator."""
 
 from torchreg.optim.base import ProximalOptimizer, ProxPoint
+from torchreg.optim.fista import FISTA
 from torchreg.optim.prox_adamw import ProxAdamW
 from torchreg.optim.prox_sgd import ProxSGD
 from torchreg.optim.proximal import Proximal
 
-__all__ = ["ProxAdamW", "ProxPoint", "ProxSGD", "Proximal", "ProximalOptimizer"]
+__all__ = ["FISTA", "ProxAdamW", "ProxPoint", "ProxSGD", "Proximal", "ProximalOptimizer"]
