@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchreg import L1, L2, ElasticNet, ProxSGD
+from torchreg import L1, L2, ElasticNet, ProxAdamW, ProxSGD
 from torchreg.kernels import native
 
 
@@ -20,10 +20,20 @@ class OptimizerCase:
 
     optimizer: type[Optimizer]
     hyperparameters: dict[str, dict[str, Any]]
-    lr: float = 0.1
+    usual: dict[str, Any]  # with all the state that there can be
+    buffer: str  # of that state, one of the weight's shape
+    invalid: tuple[str, Any]  # a hyperparameter out of range
+    defaults: dict[str, Any] = field(default_factory=dict)
+    flat: dict[str, Any] = field(default_factory=dict)  # all weights are shrunk by the same step; complex ones need it
+    tensor_lr_foreach: bool = True  # whether foreach=True takes a learning rate that is a tensor
+    capturable_on_cpu: bool = True
+    precision: float = 1.0  # how many times more a compiled step may differ
 
     def __call__(self, params: Any, **kwargs: Any) -> Optimizer:
-        return self.optimizer(params, **{"lr": self.lr, **kwargs})
+        params = list(params)
+        tensors = [p for p in params if isinstance(p, Tensor)]
+        extra = self.flat if any(p.is_complex() for p in tensors) else {}
+        return self.optimizer(params, **{"lr": 0.1, **self.defaults, **extra, **kwargs})
 
 
 OPTIMIZERS = {
@@ -32,10 +42,31 @@ OPTIMIZERS = {
         {
             "plain": {},
             "momentum": {"momentum": 0.9},
-            "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+            "nesterov": {"momentum": 0.9, "dampening": 0.0, "nesterov": True, "weight_decay": 0.1},
             "dampening": {"momentum": 0.9, "dampening": 0.5},
             "maximize": {"momentum": 0.5, "maximize": True, "weight_decay": 0.1},
         },
+        usual={"momentum": 0.9, "dampening": 0.5},
+        buffer="momentum_buffer",
+        invalid=("momentum", 1.0),
+    ),
+    "ProxAdamW": OptimizerCase(
+        ProxAdamW,
+        {
+            "plain": {},
+            "amsgrad": {"amsgrad": True, "betas": (0.5, 0.9)},
+            "coupled": {"weight_decay": 0.1, "decoupled_weight_decay": False, "eps": 1e-3},
+            "maximize": {"weight_decay": 0.1, "maximize": True},
+            "identity": {"weight_decay": 0.1, "metric": "identity"},
+        },
+        usual={"amsgrad": True},
+        buffer="exp_avg",
+        invalid=("betas", (0.9, 1.0)),
+        defaults={"weight_decay": 0.0},
+        flat={"metric": "identity"},
+        tensor_lr_foreach=False,  # as torch.optim.AdamW
+        capturable_on_cpu=False,  # likewise
+        precision=10.0,  # torch compiles bias corrections in float32
     ),
 }
 

@@ -50,7 +50,7 @@ def test_stochastic_rounding_shrinks_where_nearest_rounding_sticks(case, dtype):
     means = []
     for stochastic in (False, True):
         p = nn.Parameter(torch.ones(10_000, dtype=dtype))
-        opt = case([p], lr=1.0, penalty=L1(strength), stochastic_rounding=stochastic)
+        opt = case([p], lr=1.0, penalty=L1(strength), stochastic_rounding=stochastic, **case.flat)
         p.grad = torch.zeros_like(p)
         for _ in range(20):
             opt.step()
@@ -105,7 +105,7 @@ def test_results_are_the_two_neighbours(dtype):
 @halves
 def test_exact_zeros_stay_exact(case, hyper, dtype):
     params = [nn.Parameter(torch.zeros(1000, dtype=dtype))]
-    opt = case(params, penalty=L1(1.0), **hyper)
+    opt = case(params, penalty=L1(2.0), **hyper)
     for step in range(5):
         set_gradients(params, step)
         params[0].grad.clamp_(-0.05, 0.05)
@@ -121,7 +121,7 @@ def test_replicas_agree_and_runs_repeat(case, dtype):
         torch.manual_seed(len(runs))  # torch's generator plays no part
         params = parameters(dtype)
         params[4].data = params[4].data.contiguous(memory_format=memory_format)
-        opt = case(params, penalty=L1(0.01), momentum=0.9)
+        opt = case(params, penalty=L1(0.01), **case.usual)
         for step in range(4):
             set_gradients(params, step)
             opt.step()
@@ -145,7 +145,7 @@ def test_the_random_numbers_follow_the_memory_not_the_indices(dtype):
 def test_what_rounds_to_zero_is_positive_zero(case, stochastic):
     p = nn.Parameter(torch.full((1000,), -6e-8, dtype=torch.float16))  # the smallest number, to be halved
     p.grad = torch.zeros_like(p)
-    case([p], lr=1.0, penalty=ElasticNet(0.0, 1.5), stochastic_rounding=stochastic).step()
+    case([p], lr=1.0, penalty=ElasticNet(0.0, 1.5), stochastic_rounding=stochastic, **case.flat).step()
     assert (p == 0).any()
     assert not torch.signbit(p[p == 0]).any()
 
@@ -154,7 +154,7 @@ def test_what_rounds_to_zero_is_positive_zero(case, stochastic):
 @halves
 def test_rounding_differs_between_steps_and_parameters(case, dtype):
     a, b = (nn.Parameter(torch.full((1000,), 1.0, dtype=dtype)) for _ in range(2))
-    opt = case([{"params": [a]}, {"params": [b]}], lr=1.0, penalty=L1(0.25 * ulp(dtype)))
+    opt = case([{"params": [a]}, {"params": [b]}], lr=1.0, penalty=L1(0.25 * ulp(dtype)), **case.flat)
     outcomes = []
     for _ in range(2):
         for p in (a, b):
@@ -172,7 +172,7 @@ def test_rounding_is_per_element_and_has_no_pattern(case, dtype):
     """Neighbours, halves and bits of the offset are uncorrelated."""
     p = nn.Parameter(torch.ones(1 << 14, dtype=dtype))
     p.grad = torch.zeros_like(p)
-    case([p], lr=1.0, penalty=L1(0.25 * ulp(dtype))).step()
+    case([p], lr=1.0, penalty=L1(0.25 * ulp(dtype)), **case.flat).step()
     ups = (p == 1).double() - 0.5
     for lag in (1, 2, 64, 1 << 13):
         assert abs((ups[lag:] * ups[:-lag]).mean()) < 0.25 * 6 / math.sqrt(len(ups) - lag)

@@ -154,13 +154,14 @@ class AdamStep:
     def hypers(self, l1: Number, l2: Number) -> tuple[Number, ...]:
         """The values of `HYPERS`."""
         decoupled = self.decoupled_weight_decay
+        lr = self.lr.double() if isinstance(self.lr, Tensor) else self.lr
         return (
             self.lr,
             self.beta1,
             self.beta2,
             self.eps,
             0.0 if decoupled else self.weight_decay,
-            1 - self.lr * self.weight_decay if decoupled else 1.0,
+            1 - lr * self.weight_decay if decoupled else 1.0,
             self.prox_step,
             l1,
             l2,

@@ -3,7 +3,7 @@
 #ifdef T
 
 typedef struct {
-    T lr, beta1, beta2, grown1, grown2, eps, decay, keep, prox_step, threshold, doubled, sign, root;
+    T lr, beta2, grown1, grown2, eps, decay, keep, prox_step, threshold, doubled, sign, root;
 } NAME(Numbers);
 
 /* The flags are constants where this is called, so that each call becomes a loop without branches. */
@@ -21,7 +21,7 @@ INLINE void NAME(block)(
         T u = h.sign * g[i];
         if (decay)
             u += h.decay != 0 ? h.decay * old : 0; /* 0 * inf is NaN */
-        const T first = h.beta1 * m[i] + h.grown1 * u, second = h.beta2 * v[i] + h.grown2 * u * u;
+        const T first = m[i] + h.grown1 * (u - m[i]), second = h.beta2 * v[i] + h.grown2 * u * u;
         m[i] = first;
         v[i] = second;
         T largest_second = second;
@@ -62,7 +62,6 @@ static void NAME(piece)(const Plan *plan, int64_t index)
     const double step = hyper[HYPER_prox_step], beta1 = hyper[HYPER_beta1], beta2 = hyper[HYPER_beta2];
     const NAME(Numbers) h = {
         .lr = (T)(hyper[HYPER_lr] / (1 - power(beta1, AT(step)))),
-        .beta1 = (T)beta1,
         .beta2 = (T)beta2,
         .grown1 = (T)(1 - beta1),
         .grown2 = (T)(1 - beta2),

@@ -43,6 +43,12 @@ ALL_HYPERS = tl.constexpr(len(AdamStep.HYPERS))
 
 
 @triton.jit
+def _square_root(x):
+    """To the last bit in both precisions."""
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
 def _update(
     w_pointer,
     g_pointer,
@@ -57,7 +63,6 @@ def _update(
     offsets,
     inside,
     lr,
-    beta1,
     beta2,
     grown1,
     grown2,
@@ -94,7 +99,7 @@ def _update(
         v = tl.load(v_pointer + offsets).to(COMPUTE)
     u = sign * g
     u = tl.where(decay != 0, u + decay * old, u)
-    m = beta1 * m + grown1 * u
+    m = m + grown1 * (u - m)  # as torch.lerp
     v = beta2 * v + grown2 * u * u
     if MASKED:
         tl.store(m_pointer + offsets, m.to(DTYPE), mask=inside)
@@ -107,7 +112,7 @@ def _update(
     tl.store(x_pointer + offsets, x.to(DTYPE), mask=has_x)
     v = tl.where(has_x, x, v)
 
-    inverse = 1.0 / (tl.sqrt_rn(v) * root + eps)
+    inverse = 1.0 / (_square_root(v) * root + eps)
     moved = keep * old - lr * (m * inverse)
     metric = tl.where(identity != 0, 1.0, inverse)
     l1 = tl.load(l1_pointer + offsets, mask=has_l1, other=0.0)
@@ -189,9 +194,9 @@ def prox_adam(
     steps = tl.load(table + STEP * tensors + tensor)
     beta1, beta2 = tl.load(hyper + BETA1), tl.load(hyper + BETA2)
     lr = (tl.load(hyper + LR) / (1.0 - _power(beta1, steps))).to(COMPUTE)
-    root = (1.0 / tl.sqrt_rn(1.0 - _power(beta2, steps))).to(COMPUTE)
+    root = (1.0 / _square_root(1.0 - _power(beta2, steps))).to(COMPUTE)
     grown1, grown2 = (1.0 - beta1).to(COMPUTE), (1.0 - beta2).to(COMPUTE)
-    beta1, beta2 = beta1.to(COMPUTE), beta2.to(COMPUTE)
+    beta2 = beta2.to(COMPUTE)
     eps = tl.load(hyper + EPS).to(COMPUTE)
     decay = tl.load(hyper + DECAY).to(COMPUTE)
     keep = tl.load(hyper + KEEP).to(COMPUTE)
@@ -229,7 +234,6 @@ def prox_adam(
                 offsets,
                 inside,
                 lr,
-                beta1,
                 beta2,
                 grown1,
                 grown2,
@@ -265,7 +269,6 @@ def prox_adam(
                 offsets,
                 inside,
                 lr,
-                beta1,
                 beta2,
                 grown1,
                 grown2,

@@ -235,7 +235,11 @@ class ProxAdamW(ProximalOptimizer):
             raise ValueError(f"Invalid learning rate: {lr}")
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        if (
+            not isinstance(betas, (tuple, list))
+            or len(betas) != 2
+            or not all(isinstance(beta, (numbers.Real, Tensor)) for beta in betas)
+        ):
             raise TypeError(f"Expected `betas` to be two numbers in [0, 1), got {betas!r}.")
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:

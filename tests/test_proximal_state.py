@@ -53,7 +53,7 @@ def train(opt: torch.optim.Optimizer, params: list[nn.Parameter], steps: range, 
 
 def trained(case: OptimizerCase, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[Any, list[nn.Parameter]]:
     params = parameters(dtype)
-    opt = case(params, **{"momentum": 0.9, "penalty": ElasticNet(0.3, 0.2), **kwargs})
+    opt = case(params, **{**case.usual, "penalty": ElasticNet(0.3, 0.2), **kwargs})
     train(opt, params, range(3))
     return opt, params
 
@@ -162,7 +162,7 @@ def test_a_shared_strength_scale_stays_shared(case):
     assert all(group["strength_scale"] is other.strength_scale for group in loaded.param_groups)
     assert other.strength_scale == 0.25
     other.strength_scale = 0.75
-    assert ProxSGD.effective_step(loaded.param_groups[0]) == pytest.approx(0.1 * 0.75)
+    assert case.optimizer.effective_step(loaded.param_groups[0]) == pytest.approx(0.1 * 0.75)
     clone, copied = copy.deepcopy((other, loaded))
     assert copied.param_groups[1]["strength_scale"] is clone.strength_scale
 
@@ -195,7 +195,7 @@ def test_a_momentum_buffer_that_was_none_starts_anew():
     assert identical(snapshot(loaded), snapshot(fresh))
 
 
-def spoiled(state: dict[str, Any], how: str) -> Any:
+def spoiled(state: dict[str, Any], how: str, optimizer: OptimizerCase) -> Any:
     state = copy.deepcopy(state)
     group = state["param_groups"][0]
     match how:
@@ -208,9 +208,9 @@ def spoiled(state: dict[str, Any], how: str) -> Any:
         case "state of a parameter is no dict":
             state["state"][0] = torch.ones(2)
         case "another optimizer's":
-            return torch.optim.Adam(parameters()).state_dict()
+            return torch.optim.Adagrad(parameters()).state_dict()
         case "other shapes":
-            state["state"][3]["momentum_buffer"] = torch.ones(7, 3)
+            state["state"][3][optimizer.buffer] = torch.ones(7, 3)
         case "more groups":
             state["param_groups"].append({**group, "params": []})
         case "fewer parameters":
@@ -227,12 +227,13 @@ def spoiled(state: dict[str, Any], how: str) -> Any:
             group["strength_scale"] = float("nan")
         case "bad learning rate":
             group["lr"] = -1.0
-        case "momentum 1":
-            group["momentum"] = 1.0
+        case "hyperparameter out of range":
+            name, value = optimizer.invalid
+            group[name] = value
         case "learning rate is text":
             group["lr"] = "0.1"
-        case "momentum buffer is text":
-            state["state"][3]["momentum_buffer"] = "none"
+        case "buffer is text":
+            state["state"][3][optimizer.buffer] = "none"
     return state
 
 
@@ -251,9 +252,9 @@ SPOILED = [
     "penalty is a number",
     "bad strength scale",
     "bad learning rate",
-    "momentum 1",
+    "hyperparameter out of range",
     "learning rate is text",
-    "momentum buffer is text",
+    "buffer is text",
 ]
 
 
@@ -266,7 +267,7 @@ def test_a_wrong_checkpoint_is_refused_and_changes_nothing(case, how):
     scale = opt.param_groups[0]["strength_scale"]
     before, groups = contents(opt)
     with pytest.raises(TypeError if how.endswith((" number", " text")) else ValueError):
-        opt.load_state_dict(spoiled(state, how))
+        opt.load_state_dict(spoiled(state, how, case))
     after, groups_after = contents(opt)
     assert identical(before, after)
     assert groups == groups_after
