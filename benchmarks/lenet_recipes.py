@@ -62,9 +62,9 @@ def _lenet300(compression: int, epochs: int) -> Phase:
     return Phase(epochs, (0.06, 0.0), batch=256, strength=1e-4, cut=12_000, keep=keep, settled=0.6, soft=0.5)
 
 
-def _lenet5(compression: int) -> Phase:
+def _lenet5(compression: int, epochs: int) -> Phase:
     keep = 430_500 // compression
-    return Phase(30, (0.02, 0.0), batch=64, strength=5e-5, cut=4000, keep=keep, settled=0.6, soft=0.5)
+    return Phase(epochs, (0.02, 0.0), batch=64, strength=5e-5, cut=4000, keep=keep, settled=0.6, soft=0.5)
 
 
 RECIPES = {
@@ -87,8 +87,8 @@ RECIPES = {
         moves=Moves(copies=4, degrees=7, scale=0.07, shift=1),
         shared=(
             Phase(8, (0.03, 0.001), batch=64, teaches=True),
-            Phase(18, (0.03, 0.005), batch=64, strength=2e-4, soft=0.5),
+            Phase(15, (0.03, 0.005), batch=64, strength=2e-4, soft=0.5),
         ),
-        then={200: (_lenet5(200),), 280: (_lenet5(280),)},
+        then={200: (_lenet5(200, epochs=24),), 280: (_lenet5(280, epochs=30),)},
     ),
 }

@@ -100,12 +100,8 @@ def _optimizer(network: Network, phase: Phase) -> torchreg.ProxSGD:
 def cut_(network: Network, keep: int) -> None:
     """Zero all but the weights of largest magnitude, among those that are no dead unit's."""
     network.fold_()
-    moduli = torch.cat([w.abs().flatten() for w in weights(network)])
-    if keep < len(moduli):
-        threshold = moduli.kthvalue(len(moduli) - keep).values
-        for w in weights(network):
-            w.mul_(w.abs() > threshold)
-        network.fold_()
+    torchreg.TopK(keep, scope="rule").prox_all_(weights(network), [1.0] * len(weights(network)))
+    network.fold_()
 
 
 def _ramp(first: int, last: int, done: float) -> int:
