@@ -26,6 +26,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.regularizer": 4,
     "torchreg.optim": 4,
     "torchreg.target": 4,
+    "torchreg.factorization": 4,
     "torchreg.monitor": 4,
     "torchreg.cli": 5,
     "torchreg.__main__": 6,

@@ -1,6 +1,7 @@
 """torchreg: L1, L2, Elastic Net and exact zeros for any PyTorch module."""
 
 from torchreg import penalties, rules, schedules
+from torchreg.factorization import defactorize, factorize
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
 from torchreg.optim import FISTA, ProxAdamW, Proximal, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
@@ -30,6 +31,8 @@ __all__ = [
     "SparsityReport",
     "TargetSparsity",
     "TopK",
+    "defactorize",
+    "factorize",
     "freeze_zeros",
     "kkt_residual",
     "penalties",

@@ -175,7 +175,7 @@ def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None
         )
     if not p.is_leaf:
         raise ValueError(f"Expected parameter {a.name!r} to be a leaf tensor, got the result of an operation.")
-    refusal = _reparametrised(a)
+    refusal = "" if explicit and getattr(a.module, "penalizable", False) else _reparametrised(a)  # see factorization
     if refusal:
         exception = f"a rule {{{a.name!r}: None}} before {a.rule}"
         if not explicit:  # there is no key to put it before
