@@ -101,6 +101,25 @@ def test_exactly_k_survive_also_of_equal_weights(n, fraction, dtype):
         assert (shrunk[order[:k]] == w[order[:k]]).all()
 
 
+@pytest.mark.parametrize("order", ["as drawn", "ascending", "heavy tail", "mostly zero", "misleading"])
+@pytest.mark.parametrize("fraction", [0.0001, 0.03, 0.5, 0.97, 0.9999])
+def test_of_many_weights_the_largest_are_found_in_any_order(order, fraction):
+    w = some_weights(1 << 18)
+    if order == "ascending":
+        w = w.sort().values
+    elif order == "heavy tail":
+        w = w**9
+    elif order == "mostly zero":
+        w[::3] = w[1::3] = 0
+    elif order == "misleading":
+        w[::64] *= 1e-6  # what a sample at equal distances sees
+    k = round(fraction * len(w))
+    expected = torch.zeros_like(w)
+    chosen = torch.argsort(w.abs(), descending=True, stable=True)[:k]
+    expected[chosen] = w[chosen]
+    assert torch.equal(TopK(k).prox(w), expected)
+
+
 def test_a_weight_whose_step_is_zero_is_kept():
     w, step = torch.tensor([0.1, 5.0, 4.0, 0.0, 0.2]), torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0])
     assert TopK(3).prox(w, step).tolist() == pytest.approx([0.1, 5.0, 0.0, 0.0, 0.2])

@@ -473,6 +473,11 @@ def test_from_ratio_is_scikit_learns_objective():
         torch.testing.assert_close(penalty.value(w), expected)
     assert ElasticNet.from_ratio(2, 1) == ElasticNet(2, 0)
     assert ElasticNet.from_ratio(2, 0) == ElasticNet(0, 1)
+    for ratio, alone in ((1, L1(2)), (0, L2(1))):
+        for step in (0.7, torch.rand(5, dtype=F64)):
+            assert torch.equal(ElasticNet.from_ratio(2, ratio).prox(w, step), alone.prox(w, step))
+        assert torch.equal(ElasticNet.from_ratio(2, ratio).value(w), alone.value(w))
+        assert torch.equal(ElasticNet.from_ratio(2, ratio).grad(w), alone.grad(w))
     assert ElasticNet.from_ratio(1.0, np.float32(0.5)) == ElasticNet(0.5, 0.25)
 
 

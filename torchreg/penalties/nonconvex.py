@@ -220,7 +220,8 @@ class LHalf(_Concave):
     R(w) = λ Σ √|w|,  prox(w) = ⅔w·(1 + cos(⅔π − ⅔·arccos(2^−½ (t/|w|)^1.5))) where |w| > t = 1.5·(step·λ)^⅔, else 0.
 
     What is left of a weight is two thirds of it or more. At w = 0 the slope is infinite: a zero is a stationary point
-    at any strength.
+    at any strength, and a weight at zero stays there unless one step of the optimizer takes it beyond the threshold:
+    start from weights that are not zero.
 
     Args:
         strength: λ ≥ 0, in units of the objective: a float, a 0-d tensor, or a tensor that broadcasts to the weight.
@@ -274,7 +275,8 @@ class L0(_Concave):
     R(w) = λ·#{w ≠ 0},  prox(w) = w where |w| > √(2·step·λ), else 0.
 
     Its gradient is zero wherever it has one, so that only a proximal optimizer can apply it: the loss term and the
-    hook refuse it.
+    hook refuse it. A weight at zero stays there unless one step of the optimizer takes it beyond the threshold: start
+    from weights that are not zero.
 
     Args:
         strength: λ ≥ 0, the price of a weight in units of the objective: a float, a 0-d tensor, or a tensor that
