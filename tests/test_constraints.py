@@ -13,7 +13,19 @@ from penalty_table import PENALTIES
 from scipy.optimize import lsq_linear, nnls
 from torch import nn
 
-from torchreg import L0, L1, Box, NonNegative, ProxSGD, Regularizer, SparsityMonitor, TopK, kkt_residual, strength_max
+from torchreg import (
+    L0,
+    L1,
+    Box,
+    NonNegative,
+    ProxAdamW,
+    ProxSGD,
+    Regularizer,
+    SparsityMonitor,
+    TopK,
+    kkt_residual,
+    strength_max,
+)
 from torchreg.penalties import from_dict
 
 F64 = torch.float64
@@ -149,8 +161,8 @@ def test_a_step_of_zero_changes_nothing(constraint, dtype):
 @every_constraint
 @pytest.mark.parametrize("dtype", REAL)
 def test_nan_is_kept_and_zeros_are_positive(constraint, dtype):
-    w = torch.tensor([math.nan, -2.0, 0.5, -0.25, math.inf, 0.125, -1e-3], dtype=dtype)
-    for step in (1.0, torch.ones(7)):
+    w = torch.tensor([math.nan, -2.0, 0.5, -0.25, math.inf, 0.125, -1e-3, -0.0], dtype=dtype)
+    for step in (1.0, torch.ones(8)):
         for result in (constraint.prox(w, step), constraint.prox_(w.clone(), step)):
             assert torch.equal(torch.isnan(result), torch.isnan(w))
             assert not torch.signbit(result[result == 0]).any()
@@ -267,13 +279,14 @@ def regression(n=40, p=8):
     return x, x @ truth + 0.3 * some_weights(n, seed=1)
 
 
-def solve(penalty, layers=1, steps=1500):
+def solve(penalty, layers=1, steps=1500, optimizer=lambda groups: ProxSGD(groups, lr=0.1), cool=False):
     x, y = regression()
     model = nn.ModuleList(nn.Linear(8 // layers, 1, bias=False, dtype=F64) for _ in range(layers))
     for layer in model:
         nn.init.zeros_(layer.weight)
     reg = Regularizer(model, penalty)
-    optimizer = ProxSGD(reg.param_groups(), lr=0.1)
+    optimizer = optimizer(reg.param_groups())
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps or 1, power=2.0 if cool else 0.0)
 
     def closure():
         parts = x.chunk(layers, dim=1)
@@ -284,6 +297,7 @@ def solve(penalty, layers=1, steps=1500):
         optimizer.zero_grad()
         closure().backward()
         optimizer.step()
+        schedule.step()
     return torch.cat([layer.weight.detach().flatten() for layer in model]), reg, closure
 
 
@@ -296,6 +310,19 @@ def test_nonnegative_least_squares_is_scipys():
     with torch.no_grad():
         reg.model[0].weight[0, 0] = -1e-6
     assert kkt_residual(reg, closure) == math.inf
+
+
+@pytest.mark.parametrize("constraint", [NonNegative(), Box(-0.5, 1.0), TopK(3), TopK(3, scope="rule")], ids=repr)
+def test_in_adams_metric_the_constrained_problem_is_the_same(constraint):
+    def adam(groups):
+        return ProxAdamW(groups, lr=0.05, weight_decay=0)
+
+    w, reg, closure = solve(constraint, layers=2, optimizer=adam, cool=True)
+    assert kkt_residual(reg, closure) < 1e-8
+    if isinstance(constraint, NonNegative):
+        np.testing.assert_allclose(w, nnls(*(t.numpy() for t in regression()))[0], rtol=0, atol=1e-8)
+    if isinstance(constraint, TopK):
+        assert int(w.count_nonzero()) == (3 if constraint.is_joint else 6)
 
 
 def test_box_constrained_least_squares_is_scipys():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from penalty_table import PENALTIES
 
-from torchreg import L0, L1, MCP, SCAD, LHalf, LogSum, ProxSGD, Regularizer, kkt_residual, strength_max
+from torchreg import L0, L1, MCP, SCAD, LHalf, LogSum, ProxAdamW, ProxSGD, Regularizer, kkt_residual, strength_max
 from torchreg.penalties import from_dict
 
 F64 = torch.float64
@@ -99,6 +99,14 @@ def test_flat_enough_they_are_the_lasso(dtype, large):
         torch.testing.assert_close(penalty.value(w), L1(0.7).value(w), **tight)
         torch.testing.assert_close(penalty.grad(w), L1(0.7).grad(w), **tight)
         torch.testing.assert_close(penalty.optimality_residual(w, w), L1(0.7).optimality_residual(w, w), **tight)
+
+
+@every_nonconvex
+def test_an_infinite_weight_stays_so_whatever_the_step(case):
+    w = torch.tensor([math.inf, -math.inf, 1.0])
+    for penalty in (case.penalty(), MCP(0.5, 1e300), SCAD(0.5, 1e300)):
+        for step in (1e-3, torch.tensor([1e-3, 0.0, 0.0]), torch.tensor([0.0, 1e-30, 1e-45])):
+            assert torch.equal(penalty.prox(w, step)[:2], w[:2])
 
 
 def test_mcp_and_scad_leave_large_weights_as_they_are():
@@ -212,13 +220,15 @@ def lasso_like(n=60, p=20):
     return x, y, truth
 
 
-def solve(penalty, steps=1500, scale=1.0):
+def solve(penalty, steps=1500, scale=1.0, adam=False):
     x, y, truth = lasso_like()
     model = torch.nn.Linear(20, 1, bias=False, dtype=F64)
-    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.constant_(model.weight, 1.0 if adam else 0.0)
     reg = Regularizer(model, penalty)
     reg.strength_scale = scale
-    optimizer = ProxSGD(reg.param_groups(), lr=0.1, momentum=0.5)
+    groups = reg.param_groups()
+    optimizer = ProxAdamW(groups, lr=0.05, weight_decay=0) if adam else ProxSGD(groups, lr=0.1, momentum=0.5)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps or 1, power=2.0 if adam else 0.0)
 
     def closure():
         return 0.5 * (model(x).squeeze() - y).square().mean()
@@ -227,6 +237,7 @@ def solve(penalty, steps=1500, scale=1.0):
         optimizer.zero_grad()
         closure().backward()
         optimizer.step()
+        schedule.step()
     return model.weight.detach().squeeze(), reg, closure, truth
 
 
@@ -237,6 +248,14 @@ def test_prox_sgd_ends_in_a_stationary_point_with_the_true_support(penalty, scal
     assert kkt_residual(reg, closure) < 1e-12
     assert torch.equal(w != 0, truth != 0)
     assert (w - truth).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("penalty", [MCP(0.3, 3.0), SCAD(0.3), LogSum(0.3, 0.1), LHalf(0.3), L0(0.1)], ids=repr)
+def test_in_adams_metric_too(penalty):
+    w, reg, closure, truth = solve(penalty, adam=True)
+    assert kkt_residual(reg, closure) < 1e-9
+    if not isinstance(penalty, (L0, LHalf)):  # which hold a weight on its way through zero
+        assert torch.equal(w != 0, truth != 0)
 
 
 def test_the_lasso_is_biased_where_mcp_is_not():
