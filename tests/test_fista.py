@@ -235,6 +235,30 @@ def test_what_has_no_gradient_stays_and_complex_weights_are_solved():
     assert torch.equal(still.detach(), torch.ones(3))
 
 
+def test_constraints_are_solved():
+    """Non-negative least squares, and the best of three weights together."""
+    gram, moment, rest = quadratic()
+    problem = Quadratic(gram[:20, :20], moment[:20], rest)
+    opt = FISTA([problem.w], penalty=torchreg.NonNegative())
+    opt.step(problem)
+    assert opt.converged
+    assert (problem.w >= 0).all()
+    slope = problem.gram @ problem.w.detach() - problem.moment
+    assert torch.minimum(problem.w.detach(), slope).abs().max() <= 1e-5 * problem.moment.abs().max()
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    targets = [torch.tensor([3.0, 0.1, -2.0]), torch.tensor([0.2, 4.0])]
+    opt = FISTA(params, penalty=torchreg.TopK(3, scope="rule"))
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = sum((p - target).square().sum() for p, target in zip(params, targets, strict=True)) / 2
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert torch.allclose(torch.cat([p.detach() for p in params]), torch.tensor([3.0, 0, -2, 0, 4]))
+
+
 # Checkpoints
 
 

@@ -412,6 +412,19 @@ def test_a_hook_before_the_proximal_operators_may_move_the_strength():
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("cls", [SGD, Adam, RMSprop])
+def test_a_target_sparsity_is_reached(cls):
+    params = [p for p in parameters() if p.numel()]
+    opt = Proximal(cls(params, lr=0.02), penalty=L1(0.1))
+    target = torchreg.TargetSparsity(opt, 0.5, until=40)
+    for step in range(80):
+        set_gradients(params, step)
+        opt.step()
+        target.step()
+    zeros = sum(int((p == 0).sum()) for p in params)
+    assert abs(zeros / sum(p.numel() for p in params) - 0.5) < 0.02
+
+
 def test_a_closure_is_evaluated_once_and_its_loss_returned():
     w = nn.Parameter(torch.tensor([2.0]))
     opt = Proximal(SGD([w], lr=0.5), penalty=L1(0.5))

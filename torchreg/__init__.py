@@ -3,7 +3,7 @@
 from torchreg import penalties, rules, schedules
 from torchreg.factorization import defactorize, factorize
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
-from torchreg.optim import FISTA, ProxAdamW, Proximal, ProxSGD
+from torchreg.optim import FISTA, RMDA, ProxAdamW, Proximal, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import L0, L1, L2, MCP, SCAD, Box, ElasticNet, LHalf, LogSum, NonNegative, TopK
 from torchreg.regularizer import Regularizer
@@ -17,6 +17,7 @@ __all__ = [
     "L1",
     "L2",
     "MCP",
+    "RMDA",
     "SCAD",
     "Box",
     "ElasticNet",

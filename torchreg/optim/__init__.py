@@ -5,5 +5,6 @@ from torchreg.optim.fista import FISTA
 from torchreg.optim.prox_adamw import ProxAdamW
 from torchreg.optim.prox_sgd import ProxSGD
 from torchreg.optim.proximal import Proximal
+from torchreg.optim.rmda import RMDA
 
-__all__ = ["FISTA", "ProxAdamW", "ProxPoint", "ProxSGD", "Proximal", "ProximalOptimizer"]
+__all__ = ["FISTA", "RMDA", "ProxAdamW", "ProxPoint", "ProxSGD", "Proximal", "ProximalOptimizer"]

@@ -89,8 +89,8 @@ class Composite:
         """f + R."""
         total, at = point.loss, 0
         for penalty, count in self._penalties():
-            if penalty is not None:
-                total += sum(float(penalty.value(w)) for w in point.weights[at : at + count])
+            if penalty is not None and count:
+                total += float(penalty.value_all(point.weights[at : at + count]))
             at += count
         return total
 
@@ -98,11 +98,10 @@ class Composite:
         """The largest violation of the optimality conditions; see `torchreg.kkt_residual`."""
         worst, at = [], 0
         for penalty, count in self._penalties():
-            for w, g in zip(point.weights[at : at + count], point.grads[at : at + count], strict=True):
-                if g.numel():
-                    worst.append((g.abs() if penalty is None else penalty.optimality_residual(w, g)).max())
+            weights, grads = point.weights[at : at + count], point.grads[at : at + count]
+            worst += [g.abs() for g in grads] if penalty is None else penalty.residual_all(weights, grads)
             at += count
-        return max(_numbers(worst), default=0.0)
+        return max(_numbers([r.max() for r in worst if r.numel()]), default=0.0)
 
     def steepest(self, point: Point) -> float:
         """The largest modulus in ∇f."""
