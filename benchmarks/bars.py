@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from adam_contenders import BASELINE as ADAMW
+from adam_contenders import FUSED as ADAM_FUSED
 from contenders import BASELINE, BY_HAND, COUNTS_READ, FUSED, LOSS_TERM, PAT, SOFT_FOREACH
 from workload import LARGE, LISTS, count
 
@@ -37,6 +39,8 @@ BARS = {
     "cpu": [
         *_all(FUSED, BASELINE, 1.10, _BOTH[:1]),
         *_all(FUSED, BASELINE, 1.30, _BOTH[1:]),
+        *_all(ADAM_FUSED, ADAMW, 1.15, _BOTH[:1]),
+        *_all(ADAM_FUSED, ADAMW, 1.30, _BOTH[1:]),
         *_all(_L1, PAT, 1 / 10, _BOTH),
         *_all((LOSS_TERM,), BY_HAND, 1 / 3, _BOTH),
     ],
@@ -47,6 +51,7 @@ BARS = {
             *_all(FUSED, BASELINE, 1.03, _LARGE),
             *_all(FUSED, None, 1 / 0.85, _LARGE),
             *_all(FUSED, BASELINE, 1.0, _MANY),
+            *_all(ADAM_FUSED, ADAMW, 1.05, _LARGE),
             *_all(_L1, SOFT_FOREACH, 1 / 2.2, _LARGE),
             *_all(_L1, PAT, 1 / 5, _LARGE),
             *_all((COUNTS_READ,), FUSED[0], 1.01, _LARGE),

@@ -1,4 +1,4 @@
-"""What a proximal step costs beside torch.optim.SGD(fused=True), what people write by hand, and torchao's PAT.
+"""What a proximal step costs beside torch.optim.SGD and AdamW, fused, what people write by hand, and torchao's PAT.
 
 Run `python benchmarks/step.py`. All contenders take turns in one process, on the same memory. Each is first compared
 with a float64 reference: if one is off, no speed is printed. The results are also written to
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adam_contenders
 import contenders
 import torch
 import workload
@@ -50,7 +51,7 @@ def compare(work: Workload, quick: bool, seconds: float, tell: Callable[[str], N
         Disagreement: if the output of one is wrong; nothing is timed then.
     """
     steps, skipped = {}, {}
-    for contender in contenders.CONTENDERS:
+    for contender in (*contenders.CONTENDERS, *adam_contenders.CONTENDERS):
         reason = "left out by --quick" if quick and contender.patient else contender.missing(work)
         if reason:
             skipped[contender.name] = reason

@@ -55,15 +55,15 @@ def count(shapes: list[Shape]) -> int:
 
 
 def too_large(shapes: list[Shape], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a list is left out, or None: the slowest contenders need memory for 16 copies of the weights."""
+    """Why a list is left out, or None: the slowest contenders need memory for 17 copies of the weights."""
     if device.type == "cpu":
         return "on GPUs only" if count(shapes) > 5 * LARGE else None
-    needed, free = 16 * count(shapes) * dtype.itemsize, torch.cuda.mem_get_info(device)[0]
+    needed, free = 17 * count(shapes) * dtype.itemsize, torch.cuda.mem_get_info(device)[0]
     return f"needs {needed / 2**30:.0f} GiB, free are {free / 2**30:.0f}" if needed > free else None
 
 
 class Workload:
-    """Weights, gradients and momentum buffers. All contenders work on these same ones, in turns."""
+    """Weights, gradients and the optimizers' buffers. All contenders work on these same ones, in turns."""
 
     def __init__(self, shapes: list[Shape], device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -75,12 +75,15 @@ class Workload:
         self.start, self.start_grads = tensors(), tensors()
         self.params = [nn.Parameter(w.clone()) for w in self.start]
         self.buffers = [torch.zeros_like(w) for w in self.start]
+        self.squares = [torch.zeros_like(w) for w in self.start]
+        self.counters = [torch.zeros((), device=device) for _ in self.start]
         for p, g in zip(self.params, self.start_grads, strict=True):
             p.grad = g.clone()
 
     @torch.no_grad()
     def reset(self) -> None:
-        for p, w, g, m in zip(self.params, self.start, self.start_grads, self.buffers, strict=True):
+        for p, w, g in zip(self.params, self.start, self.start_grads, strict=True):
             p.copy_(w)
             p.grad.copy_(g)
-            m.zero_()
+        for t in (*self.buffers, *self.squares, *self.counters):
+            t.zero_()

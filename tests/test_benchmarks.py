@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(BENCHMARKS))
+    import adam_contenders
     import bars
     import contenders
     import measurement
@@ -19,6 +20,7 @@ with pytest.MonkeyPatch.context() as patch:
     import workload
 
 CPU = torch.device("cpu")
+EVERY = [*contenders.CONTENDERS, *adam_contenders.CONTENDERS]
 SMALL = [(70, 3), (64,), (257,), (257,)]
 
 
@@ -48,7 +50,7 @@ def test_the_lists_have_the_size_of_the_models(name, size, tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("contender", contenders.CONTENDERS, ids=lambda c: c.name)
+@pytest.mark.parametrize("contender", EVERY, ids=lambda c: c.name)
 def test_every_contender_computes_what_it_says(contender, dtype):
     work = taking_part(contender, dtype)
     measurement.check(contender, contender.build(work), work)
@@ -99,7 +101,7 @@ def test_the_command_writes_everything_it_measured(tiny, tmp_path, capsys):
     assert document["machine"]["threads"] == 1
     for name in workload.QUICK:
         result = document["lists"][name]["float32"]
-        assert {*result["contenders"], *result["skipped"]} == {c.name for c in contenders.CONTENDERS}
+        assert {*result["contenders"], *result["skipped"]} == {c.name for c in EVERY}
         for row in result["contenders"].values():
             assert all(row[key] is not None for key in ("ratio", "quartiles", "ms", "bytes_per_parameter"))
     hand = document["lists"]["4 × 4 M"]["float32"]["contenders"][contenders.SOFT_FOREACH]
@@ -128,7 +130,7 @@ def test_bars_are_met_missed_or_not_measured():
 
 
 def test_the_bars_are_about_what_is_measured():
-    names = {c.name for c in contenders.CONTENDERS}
+    names = {c.name for c in EVERY}
     for bar in (bar for every in bars.BARS.values() for bar in every):
         assert {bar.contender, bar.against or bar.contender} <= names
         assert bar.tensors in workload.LISTS

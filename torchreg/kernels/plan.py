@@ -100,8 +100,10 @@ class Plan:
             values = columns.get(name, [])
             if any(isinstance(value, Tensor) for value in values):
                 self.late[name] = values
+            elif name == "seed" and values:
+                table[COLUMNS.index(name)] = np.array(values, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
             else:
-                table[COLUMNS.index(name)] = np.array(values, dtype=np.uint64) & np.uint64(0xFFFFFFFF) if values else 0
+                table[COLUMNS.index(name)] = values or 0
         sizes, known = table[COLUMNS.index("size")], self.table[COLUMNS.index("size")]
         if not same and not (_identical(self.params, params) and np.array_equal(sizes, known)):
             self._cut(sizes)
@@ -126,12 +128,11 @@ class Plan:
 
     def _quick_addresses(self, table: Any, tensors: Tensors) -> bool:
         """Only the gradients and buffers may have moved. Whether that is so, and all of them are contiguous."""
-        together, rows = [*tensors.grads], {1: list(map(Tensor.data_ptr, tensors.grads))}
-        for name, buffers in tensors.buffers().items():
-            row = COLUMNS.index(name)
-            rows[row] = list(map(Tensor.data_ptr, buffers)) or [0] * len(tensors.params)
-            if not np.array_equal(table[row], rows[row]):
-                together += buffers
+        together, rows = [], {}
+        for row, entries in ((1, tensors.grads), *((COLUMNS.index(n), b) for n, b in tensors.buffers().items())):
+            rows[row] = np.fromiter(map(Tensor.data_ptr, entries), np.int64, len(entries)) if entries else 0
+            if row == 1 or not np.array_equal(table[row], rows[row]):
+                together += entries
         if any(map(Tensor.is_neg, together)) or not all(map(Tensor.is_contiguous, together)):
             return False
         if {t.dtype for t in together} != {self.dtype}:
