@@ -489,3 +489,14 @@ def test_what_is_no_weight_or_step_is_refused(constraint):
             with pytest.raises(ValueError, match="Expected `step`"):
                 method(w, step)
     assert torch.equal(w, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "penalty", [*(case.penalty() for case in PENALTIES if not case.convex), *CONSTRAINTS], ids=repr
+)
+def test_the_prox_compiles_to_one_graph(penalty):
+    torch.compiler.reset()
+    w, steps = some_weights(40), torch.rand(40, dtype=F64) + 0.1
+    compiled = torch.compile(penalty.prox, backend="aot_eager", fullgraph=True)
+    for step in (0.5, steps):
+        torch.testing.assert_close(compiled(w, step), penalty.prox(w, step))

@@ -279,10 +279,10 @@ def test_grad_is_the_least_norm_subgradient(case, drawn):
 @every_penalty
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_autograd_is_right_to_second_order(case, dtype):
-    w = some_weights(3, 4, dtype=dtype)
+    w = some_weights(2, 3, dtype=dtype)
     w = (w + 0.9 * torch.sgn(w)).requires_grad_()  # away from zero and from the threshold's kink
-    step = torch.full((3, 4), 0.6, dtype=F64, requires_grad=True)
-    strengths = tuple(torch.full((4,), s + 0.1, dtype=F64, requires_grad=True) for s in case.strengths)
+    step = torch.full((2, 3), 0.6, dtype=F64, requires_grad=True)
+    strengths = tuple(torch.full((3,), s + 0.1, dtype=F64, requires_grad=True) for s in case.strengths)
     for method in ("value", "grad", "prox") if case.gradient else ("prox",):
 
         def evaluate(w, *args, method=method):
