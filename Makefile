@@ -26,7 +26,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py
 
 # Up to an hour and a half. MNIST=path/to/mnist.npz says where the images are.
-bench-quality: $(VENV)/.bench
+bench-quality: $(VENV)/.plain
 	$(BIN)/python benchmarks/lenet.py --data $(MNIST)
 
 clean:
@@ -34,6 +34,10 @@ clean:
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.plain: $(VENV)/.python pyproject.toml constraints.txt
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
