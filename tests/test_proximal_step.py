@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -23,7 +24,7 @@ from optimizer_cases import (
 from torch import nn
 
 import torchreg
-from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer, kernels
+from torchreg import L1, L2, MCP, ElasticNet, NonNegative, ProxSGD, Regularizer, TopK, kernels
 from torchreg.penalties import base as penalties_base
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -299,6 +300,93 @@ def test_a_strength_scale_can_be_learned_through_a_differentiable_step():
         return w
 
     assert torch.autograd.gradcheck(step, torch.tensor(0.7, dtype=torch.float64, requires_grad=True))
+
+
+# Between the descent and the proximal operator
+
+
+@optimizers_and_hyperparameters
+@forms_and_dtypes([torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [L1(0.3), ElasticNet(0.3, torch.tensor([0.2, 0.0, 0.4]))], ids=str)
+def test_a_hook_sees_the_moved_weights_and_their_steps(case, hyper, form, dtype, penalty):
+    hooked, plain = parameters(dtype), parameters(dtype)
+    kwargs = {"stochastic_rounding": False, "strength_scale": 0.5, **form, **hyper}
+    a, b = case(hooked, penalty=penalty, **kwargs), case(plain, penalty=penalty, **kwargs)
+    seen = []
+    handle = a.register_prox_pre_hook(lambda _, points: seen.extend(points))
+    for step in range(2):
+        for params in (hooked, plain):
+            set_gradients(params, step)
+        moved = snapshot(plain)
+        case_without = case(plain, **{**kwargs, "penalty": None})
+        case_without.load_state_dict(copied_state(b))
+        case_without.param_groups[0]["penalty"] = None
+        case_without.step()
+        moved, start = snapshot(plain), moved
+        for p, w in zip(plain, start, strict=True):
+            p.data.copy_(w)
+        a.step()
+        (point,) = seen
+        assert point.group is a.param_groups[0]
+        assert [id(p) for p in point.params] == [id(p) for p in hooked]
+        tolerance = {} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.05}  # it is rounded twice
+        for p, w, tau in zip(hooked, moved, point.steps, strict=True):
+            torch.testing.assert_close(p, penalty.prox(w.double(), tau * 0.5).to(dtype), **tolerance)
+        b.step()
+        torch.testing.assert_close(hooked, plain, **tolerance)
+        seen.clear()
+    handle.remove()
+    a.step()
+    assert not seen
+
+
+def copied_state(opt):
+    return copy.deepcopy(opt.state_dict())
+
+
+@optimizers
+@forms
+def test_a_hook_may_choose_the_strength_of_this_step(case, form):
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    a = case(ours, penalty=L1(0.3), strength_scale=torch.tensor(7.0), **form, **case.usual)
+    b = case(theirs, penalty=L1(0.3), strength_scale=2.0, **form, **case.usual)
+    a.register_prox_pre_hook(lambda opt, points: points[0].group["strength_scale"].fill_(2.0))
+    a.step()
+    b.step()
+    torch.testing.assert_close(ours, theirs)
+    assert a.step_counts() is None  # counted before the weights were shrunk
+
+
+@optimizers
+@pytest.mark.parametrize("form", [form for name, form in FORMS.items() if name != "fused"], ids=str)
+def test_a_joint_penalty_is_given_all_weights_of_its_group(case, form):
+    opt = case(
+        [{"params": parameters(torch.float64), "penalty": TopK(10, scope="rule")}, {"params": parameters()}],
+        **form,
+        **case.usual,
+    )
+    for step in range(3):
+        for group in opt.param_groups:
+            set_gradients(group["params"], step)
+        opt.step()
+        assert sum(int((p != 0).sum()) for p in opt.param_groups[0]["params"]) == 10
+        assert all((p != 0).all() for p in opt.param_groups[1]["params"])
+
+
+@optimizers
+def test_a_penalty_that_refuses_the_step_or_the_weight_does_so_before_anything_changes(case):
+    opt = case([{"params": [scalar(1.0, 1.0)]}, {"params": [scalar(1.0, 1.0)], "penalty": MCP(0.1, 1.5)}], **case.flat)
+    with torch.no_grad():
+        opt.param_groups[1]["lr"] = 2.0
+    with unchanged(opt), pytest.raises(ValueError, match=r"MCP.*1\.5"):
+        opt.step()
+    weight = scalar(1.0, 1.0, torch.complex64)
+    opt = case([{"params": [scalar(1.0, 1.0)]}, {"params": [weight]}], **case.flat)
+    with unchanged(opt), pytest.raises(TypeError, match=r"complex"):
+        opt.add_param_group({"params": [scalar(1.0, 1.0, torch.complex64)], "penalty": NonNegative()})
+    opt.param_groups[1]["penalty"] = NonNegative()
+    with unchanged(opt), pytest.raises(TypeError, match=r"complex"):
+        opt.step()
 
 
 # Loss scaling

@@ -103,6 +103,11 @@ class SGDStep:
     stochastic_rounding: bool
     differentiable: bool = False
 
+    def check(self) -> None:
+        """Raise ``ValueError`` if the penalty refuses so long a step."""
+        if self.penalty is not None:
+            self.penalty.check_step(self.prox_step)
+
     def hypers(self, l1: Number, l2: Number) -> tuple[Number, ...]:
         """The values of `HYPERS`."""
         return (
@@ -155,6 +160,11 @@ class AdamStep:
     stochastic_rounding: bool
     capturable: bool = False
     differentiable: bool = False
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if the penalty refuses so long a step; it takes any where steps differ."""
+        if self.penalty is not None and self.identity:
+            self.penalty.check_step(self.prox_step)
 
     def hypers(self, l1: Number, l2: Number) -> tuple[Number, ...]:
         """The values of `HYPERS`."""

@@ -19,6 +19,7 @@ from torchreg.optim.groups import checked_penalty, checked_scale
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.penalties import L1
 from torchreg.penalties.base import Step, host_scalar
+from torchreg.penalties.separable import is_shrinkage
 
 _UNSHRUNK = L1(0.0)
 """Takes the place of a penalty while the descent is computed alone: rounding and arithmetic stay those of a penalty."""
@@ -80,6 +81,9 @@ class ProximalOptimizer(PenalizedOptimizer):
         if found_inf is not None and not on_device and bool(found_inf):
             return
         steps = [self._hyperparameters(group) for group in self.param_groups]  # may raise: before any change
+        for step in steps:
+            if step.penalty is not None:
+                step.check()
         apart = {i for i, step in enumerate(steps) if step.penalty is not None and self._is_apart(step.penalty)}
         counts = any(map(_rounds, self.param_groups))
         offset, parts = 0, []
@@ -175,11 +179,15 @@ class ProximalOptimizer(PenalizedOptimizer):
 
 
 def usable_penalty(group: Mapping[str, Any]) -> Any:
-    """The group's penalty or None, checked against the parameters' shapes where these could differ."""
+    """The group's penalty or None, checked against the parameters where it might not fit: it may be a new one."""
     penalty = checked_penalty(group["penalty"])
-    if penalty is not None and any(isinstance(s, Tensor) for s in penalty.strengths().values()):
-        for p in group["params"]:
-            penalty.check_shape(p.shape)
+    if penalty is not None:
+        if not is_shrinkage(penalty):
+            for p in group["params"]:
+                penalty.check_weight(p)
+        elif any(isinstance(s, Tensor) for s in penalty.strengths().values()):
+            for p in group["params"]:
+                penalty.check_shape(p.shape)
     return penalty
 
 

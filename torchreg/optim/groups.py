@@ -63,9 +63,9 @@ def check_penalized_params(group: Mapping[str, Any], index: int) -> None:
             raise ValueError(f"{where} is listed twice: it would be shrunk twice.")
         seen.add(id(p))
         try:
-            penalty.check_shape(p.shape)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            penalty.check_weight(p)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
 
 
 def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
