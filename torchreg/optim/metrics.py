@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchreg.kernels.problem import adam_metric_step
 from torchreg.kernels.rounding import HALF
 from torchreg.optim.base import scaled_step
 from torchreg.optim.gain import sgd_momentum_gain
+from torchreg.penalties import tiles
 from torchreg.penalties.base import Step, checked_step, host_scalar, like
 
 Metric = Callable[[Optimizer, dict[str, Any], Tensor], Step]
@@ -82,6 +83,25 @@ class ProxSteps:
         if self.is_uniform or self.known is None or self.known.metric is None:
             return step
         return self.known.metric(self._optimizer.state[p], group, step)
+
+    def pieces(self, group: dict[str, Any], p: Tensor) -> Iterator[tuple[Tensor, Step]]:
+        """The parameter with its `unit`, or both in tiles, whose temporaries stay in the cache.
+
+        Tiles are for penalties that take each weight by itself, all alike.
+        """
+        known = self.known
+        buffers: dict[str, Tensor] = {}
+        if self.metric is None and known is not None and known.metric is not None and p.dtype not in HALF:
+            state = self._optimizer.state[p]
+            buffers = {key: state[key] for key in known.buffers if isinstance(state.get(key), Tensor)}
+        if not buffers or not tiles.is_tiled(p) or any(b.stride() != p.stride() for b in buffers.values()):
+            yield p, self.unit(group, p)
+            return
+        assert known is not None
+        assert known.metric is not None
+        step = self.base({**group, "strength_scale": 1.0})
+        for w, *parts in zip(tiles.tiles(p), *map(tiles.tiles, buffers.values()), strict=True):
+            yield w, known.metric({**state, **dict(zip(buffers, parts, strict=True))}, group, step)
 
     def check(self, group: Mapping[str, Any], index: int) -> None:
         """Raise unless a step can be had for each parameter of a penalised group.

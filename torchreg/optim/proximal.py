@@ -29,6 +29,7 @@ from torchreg.optim.groups import (
 from torchreg.optim.metrics import Metric, ProxSteps, param_name
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import Step, host_scalar
+from torchreg.penalties.separable import is_shrinkage
 
 _LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad"}
 """Hyperparameters that torch's optimizers fill in where a checkpoint lacks them."""
@@ -313,10 +314,14 @@ class Proximal(Optimizer):
         for i, entries in moved.items():
             group = self.param_groups[i]
             penalty = usable_penalty(group)
+            rounds = self._stochastic_rounding and any(p.dtype in HALF for _, p in entries)
+            if is_shrinkage(penalty) and penalty.shrinkage(1.0) is not None and not rounds:
+                for w, unit in (piece for _, p in entries for piece in self._steps.pieces(group, p)):
+                    kernels.shrink([w], penalty, [self._scaled(unit, group, w)])
+                continue
             for part in [entries] if penalty.is_joint else [[entry] for entry in entries]:  # one metric at a time
                 params = [p for _, p in part]
                 steps = [self._scaled(self._steps.unit(group, p), group, p) for p in params]
-                rounds = self._stochastic_rounding and any(p.dtype in HALF for p in params)
                 kernels.shrink(params, penalty, steps, [self._seed(p, index) for index, p in part] if rounds else [])
 
     def _scaled(self, unit: Step, group: Mapping[str, Any], p: Tensor) -> Step:

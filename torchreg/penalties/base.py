@@ -122,6 +122,8 @@ def paired(weights: Sequence[Tensor], steps: Sequence[Step]) -> list[tuple[Tenso
 
 def broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     """Whether a tensor of ``shape`` broadcasts to exactly ``target``."""
+    if shape == target:
+        return True
     try:
         return torch.broadcast_shapes(shape, target) == target
     except RuntimeError:
