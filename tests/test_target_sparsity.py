@@ -406,13 +406,13 @@ def test_between_choices_the_optimizer_steps_as_ever():
     aim = TargetSparsity(optimizer, 0.5, until=25, every=10)
     armed = []
     for _ in range(30):
-        armed.append(len(optimizer._prox_pre_hooks))
+        armed.append(len(optimizer._preview_hooks))
         train(model, optimizer, 1, aim)
     assert [k + 1 for k, hooks in enumerate(armed) if hooks] == [1, 10, 20, *range(25, 31)]
     aim.remove()
     aim.remove()
     aim.step()
-    assert not optimizer._prox_pre_hooks
+    assert not optimizer._preview_hooks
 
 
 # Saying so
@@ -549,5 +549,5 @@ def test_refused_input_leaves_no_hook_and_no_scale():
     optimizer = ProxSGD(reg.param_groups(), lr=0.1)
     with pytest.raises(ValueError, match="has L2"):
         TargetSparsity(optimizer, {0: 0.5, 1: 0.5}, until=5)
-    assert not optimizer._prox_pre_hooks
+    assert not optimizer._preview_hooks
     assert all(group["strength_scale"] is reg.strength_scale for group in optimizer.param_groups)

@@ -17,6 +17,7 @@ from torchreg import kernels
 from torchreg.kernels.rounding import HALF
 from torchreg.optim.groups import checked_penalty, checked_scale
 from torchreg.optim.penalized import PenalizedOptimizer
+from torchreg.optim.preview import previewed
 from torchreg.penalties import L1
 from torchreg.penalties.base import Step, host_scalar
 from torchreg.penalties.separable import is_shrinkage
@@ -33,11 +34,20 @@ class ProxPoint:
         group: the param group.
         params: its parameters that have a gradient, moved by the gradient and not yet shrunk.
         steps: τ for each of them without the strength scale: a float, a 0-d tensor, or one value per coordinate.
+        origins: of a preview, whose ``params`` are vectors of some weights, the parameters that these are of.
+        positions: of a preview, which: flat indices, or None for all weights.
     """
 
     group: dict[str, Any]
     params: list[Tensor]
     steps: list[Step]
+    origins: list[Tensor] | None = None
+    positions: list[Tensor | None] | None = None
+
+
+Hook = Callable[[Optimizer, list[ProxPoint]], None]
+Sampler = Callable[[dict[str, Any], list[Tensor]], list[Tensor | None] | None]
+"""From a group and those of its parameters that have gradients to flat indices in each, or None for the group."""
 
 
 class ProximalOptimizer(PenalizedOptimizer):
@@ -48,21 +58,23 @@ class ProximalOptimizer(PenalizedOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._fused = kernels.FusedSteps(self._update)
-        self._prox_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        self._prox_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
+        self._preview_hooks: OrderedDict[int, tuple[Hook, Sampler]] = OrderedDict()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `PenalizedOptimizer`; what is prepared for fused steps, and the hooks, are no part of the state."""
-        super().__setstate__({key: value for key, value in state.items() if key not in ("_fused", "_prox_pre_hooks")})
+        own = ("_fused", "_prox_pre_hooks", "_preview_hooks")
+        super().__setstate__({key: value for key, value in state.items() if key not in own})
         self._fused = kernels.FusedSteps(self._update)
         if "_prox_pre_hooks" not in self.__dict__:
-            self._prox_pre_hooks = OrderedDict()
+            self._prox_pre_hooks, self._preview_hooks = OrderedDict(), OrderedDict()
 
     def step_counts(self) -> kernels.FusedSteps | None:
         """What the last step counted of the weights on its way, or None if it was not a fused one."""
         return self._fused if self._fused.counted() else None
 
-    def register_prox_pre_hook(self, hook: Callable[[Optimizer, list[ProxPoint]], None]) -> RemovableHandle:
+    def register_prox_pre_hook(self, hook: Hook) -> RemovableHandle:
         """Call ``hook(optimizer, points)`` in every step between the descent and the proximal operators.
 
         It gets a `ProxPoint` for every penalised group that has gradients, and may change the groups'
@@ -71,6 +83,16 @@ class ProximalOptimizer(PenalizedOptimizer):
         """
         handle = RemovableHandle(self._prox_pre_hooks)
         self._prox_pre_hooks[handle.id] = hook
+        return handle
+
+    def register_prox_preview_hook(self, hook: Hook, sampler: Sampler) -> RemovableHandle:
+        """Call ``hook(optimizer, points)`` before every step with where a sample of the weights will be amid it.
+
+        As `register_prox_pre_hook`, but the step takes one pass over memory: the points are computed for the weights
+        that ``sampler(group, params)`` chooses of a penalised group, apart from the step.
+        """
+        handle = RemovableHandle(self._preview_hooks)
+        self._preview_hooks[handle.id] = (hook, sampler)
         return handle
 
     def _step(self) -> None:
@@ -93,11 +115,31 @@ class ProximalOptimizer(PenalizedOptimizer):
             self._add_state(tensors, group, offset, counts)
             parts.append((tensors, dataclasses.replace(step, penalty=_UNSHRUNK) if i in apart else step))
             offset += len(group["params"])
+        if self._preview_hooks:
+            parts = self._previewed(parts, grad_scale if on_device else None)
         wishes = [(group["fused"], group["foreach"]) for group in self.param_groups]
         kernels.proximal_step(self._update, parts, wishes, self._fused, *((grad_scale, found_inf) if on_device else ()))
         if apart:
             self._fused.clear()  # it counted before the weights were shrunk
             self._proximal_operators([(self.param_groups[i], parts[i][0]) for i in sorted(apart)])
+
+    @torch.no_grad()
+    def _previewed(self, parts: list[tuple[Any, Any]], grad_scale: Tensor | None) -> list[tuple[Any, Any]]:
+        """The parts of a step with the strengths that preview hooks have chosen."""
+        for hook, sampler in list(self._preview_hooks.values()):
+            points = []
+            for group, (tensors, step) in zip(self.param_groups, parts, strict=True):
+                positions = sampler(group, tensors.params) if step.penalty is not None and tensors.params else None
+                if positions is None:
+                    continue
+                unit = self._hyperparameters({**group, "strength_scale": 1.0})
+                moved, steps = previewed(self._update, tensors, unit, positions, grad_scale)
+                points.append(ProxPoint(group, moved, steps, tensors.params, positions))
+            hook(self, points)
+        return [
+            (tensors, dataclasses.replace(step, prox_step=self.effective_step(group)) if step.penalty else step)
+            for group, (tensors, step) in zip(self.param_groups, parts, strict=True)
+        ]
 
     def _is_apart(self, penalty: Any) -> bool:
         """Whether the proximal operator is taken after the descent of all groups, instead of with it."""
@@ -156,6 +198,11 @@ class ProximalOptimizer(PenalizedOptimizer):
             params.append(p)
             grads.append(grad)
         return self._update.tensors(params, grads)
+
+    @staticmethod
+    def effective_step(group: Mapping[str, Any]) -> float | Tensor:
+        """The step of the proximal operator in this group, strength scale included."""
+        raise NotImplementedError
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         """Raise unless a fused step can be had for every parameter of a group that asks for it."""
