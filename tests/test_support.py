@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import torchreg
-from torchreg import L1, ElasticNet, ProxSGD, Regularizer, freeze_zeros, support, thaw
+from torchreg import FISTA, L1, RMDA, ElasticNet, ProxAdamW, Proximal, ProxSGD, Regularizer, freeze_zeros, support, thaw
 
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -32,6 +32,9 @@ OPTIMIZERS = {
     "Rprop": lambda params: torch.optim.Rprop(params, lr=0.01),
     "ProxSGD": lambda params: ProxSGD(params, lr=0.1, momentum=0.9),
     "ProxSGD L1": lambda params: ProxSGD(params, lr=0.1, momentum=0.9, penalty=L1(0.01)),
+    "ProxAdamW": lambda params: ProxAdamW(params, lr=0.05, penalty=L1(0.01)),
+    "Proximal": lambda params: Proximal(torch.optim.RMSprop([{"params": params, "penalty": L1(0.01)}], lr=0.01)),
+    "RMDA": lambda params: RMDA(params, lr=0.1, penalty=L1(0.01)),
     "ProxSGD eager": lambda params: ProxSGD(params, lr=0.1, momentum=0.9, penalty=L1(0.01), fused=False),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -203,13 +206,18 @@ def test_a_hook_beside_it_and_a_skipped_step():
     assert_zero(model.weight.detach(), zeros)
 
 
-def test_lbfgs_optimizes_on_the_support():
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"), lambda p: FISTA(p, penalty=L1(1e-4))],
+    ids=["LBFGS", "FISTA"],
+)
+def test_solvers_of_many_evaluations_stay_on_the_support(make):
     model = sparse_linear(torch.float64)
-    zeros = model.weight == 0
+    zeros, before = model.weight == 0, model.weight.detach().clone()
     freeze_zeros(model)
-    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
-    train(model, optimizer, 3)
+    train(model, make(model.parameters()), 3)
     assert_zero(model.weight.detach(), zeros)
+    assert (model.weight != before)[~zeros].all()
 
 
 def test_clipping_sees_the_restricted_gradient():
