@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
 
 import torchreg
-from torchreg import L1, L2, ElasticNet, ProxSGD, Regularizer, SparsityMonitor
+from torchreg import L1, L2, ElasticNet, ProxAdamW, ProxSGD, Regularizer, SparsityMonitor
 from torchreg.monitor import tensorboard as monitor_module
 from torchreg.monitor import transfer
 
@@ -72,10 +72,20 @@ def test_values_are_those_of_the_model():
             "zeros/revived": 0,
             "loss/data": 2.5,
             "loss/penalty": 0.5 * (0.5 * 7 + 1.0),
+            "strength_scale/group0": 0.5,
+            "strength_scale/group1": 0.5,
             "threshold/group0": 0.1 * 10 * 0.5 * 0.5,
             "threshold/group1": 0.0,
         }
     )
+
+
+def test_an_optimizer_whose_weights_have_thresholds_of_their_own_logs_the_scale_alone():
+    writer = Recorder()
+    opt = ProxAdamW(Regularizer(linear([1.0, 1.0]), L1(0.3)).param_groups())
+    SparsityMonitor(opt, writer, every=1, optimizer=opt).step()
+    penalised = {i for i, group in enumerate(opt.param_groups) if group["penalty"] is not None}
+    assert {tag for tag in writer.scalars if "group" in tag} == {f"strength_scale/group{i}" for i in penalised}
 
 
 def test_threshold_is_where_the_step_starts_to_give_zero():

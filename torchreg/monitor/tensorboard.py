@@ -37,15 +37,17 @@ class SparsityMonitor:
 
     - ``sparsity/total`` and ``sparsity/<parameter>``: the fraction of exact zeros;
     - ``loss/data`` (where a loss is given) and ``loss/penalty`` (for a `Regularizer`);
-    - ``threshold/group<i>``: the modulus up to which the last proximal step gave zero, lr·G·λ (where an optimizer
-      that takes such steps is given);
+    - where a proximal optimizer is given, ``strength_scale/group<i>``, which schedules and targets move, and
+      ``threshold/group<i>``: the modulus up to which the last proximal step gave zero, lr·G·λ (not in Adam's metric and
+      the like, where each weight has its own);
     - ``zeros/new`` and ``zeros/revived``: how many weights became zero, and left zero, since the last log.
 
     A log is one transfer from the device to the host; between logs nothing is read and nothing waits. One byte per
     weight on the device tells which were zero.
 
-    With an ``optimizer`` whose fused step counts the zeros on its way (`ProxSGD`), logs take its counts: no pass over
-    the weights, no bytes kept, and on a GPU no wait either: a log is written with the next one, or by ``flush``.
+    With an ``optimizer`` whose fused step counts the zeros on its way (`ProxSGD`, `ProxAdamW`), logs take its counts:
+    no pass over the weights, no bytes kept, and on a GPU no wait either: a log is written with the next one, or by
+    ``flush``.
     ``zeros/new`` and ``zeros/revived`` then count every change of every step, and reports have no rows and columns,
     except those of ``log()``. Such an optimizer is for one monitor, which resets its counts.
 
@@ -277,8 +279,12 @@ class SparsityMonitor:
         effective_step = getattr(self.optimizer, "effective_step", None)
         if effective_step is not None:
             for i, group in enumerate(self.optimizer.param_groups):
-                if group["penalty"] is not None:
-                    yield f"threshold/group{i}", group["penalty"].threshold(effective_step(group))
+                if group["penalty"] is None:
+                    continue
+                yield f"strength_scale/group{i}", group["strength_scale"]
+                step = effective_step(group)
+                if step is not None:
+                    yield f"threshold/group{i}", group["penalty"].threshold(step)
 
     def _scalar(self, log: Log, tag: str, value: float) -> None:
         if tag != STRENGTH_SCALE:

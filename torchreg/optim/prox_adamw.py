@@ -160,12 +160,14 @@ class ProxAdamW(ProximalOptimizer):
                     entries["step"] = _counter(p, group).fill_(float(entries["step"]))
 
     @staticmethod
-    def effective_step(group: Mapping[str, Any]) -> float | Tensor:
-        """γ·strength_scale, the step of the proximal operator in this group.
+    def effective_step(group: Mapping[str, Any]) -> float | Tensor | None:
+        """γ·strength_scale, the step of the proximal operator in this group (a weight's threshold is that times λ).
 
-        In Adam's metric it is divided by √v̂ + ε of each weight.
+        None in Adam's metric, where it is divided by √v̂ + ε and so another one for each weight.
         """
-        return 0.0 if group["penalty"] is None else scaled_step(group, 1.0)
+        if group["penalty"] is None:
+            return 0.0
+        return None if group["metric"] == "adam" else scaled_step(group, 1.0)
 
     @_use_grad_for_differentiable
     def step(self, closure: Any = None) -> Any:
@@ -193,7 +195,7 @@ class ProxAdamW(ProximalOptimizer):
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
             penalty=usable_penalty(group),
-            prox_step=self.effective_step(group),
+            prox_step=0.0 if group["penalty"] is None else scaled_step(group, 1.0),
             identity=group["metric"] == "identity",
             stochastic_rounding=group["stochastic_rounding"],
             capturable=group["capturable"],

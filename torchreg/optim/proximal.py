@@ -239,12 +239,11 @@ class Proximal(Optimizer):
         self._prox_pre_hooks[handle.id] = hook
         return handle
 
-    def effective_step(self, group: Mapping[str, Any]) -> float | Tensor:
-        """γ·G·strength_scale of a group: the step of the proximal operator where the metric divides it by 1.
-
-        It tells nothing of a metric that is a function.
-        """
-        return 0.0 if group["penalty"] is None else self._steps.base(group)
+    def effective_step(self, group: Mapping[str, Any]) -> float | Tensor | None:
+        """γ·G·strength_scale, the step of the proximal operator in this group; None where each weight has its own."""
+        if group["penalty"] is None:
+            return 0.0
+        return self._steps.base(group) if self._steps.is_uniform else None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
