@@ -137,9 +137,13 @@ class ProximalOptimizer(PenalizedOptimizer):
                 points.append(ProxPoint(group, moved, steps, tensors.params, positions))
             hook(self, points)
         return [
-            (tensors, dataclasses.replace(step, prox_step=self.effective_step(group)) if step.penalty else step)
+            (tensors, step if step.penalty is None else self._chosen(group, step))
             for group, (tensors, step) in zip(self.param_groups, parts, strict=True)
         ]
+
+    def _chosen(self, group: Mapping[str, Any], step: Any) -> Any:
+        """The step with the strength scale that its group has now."""
+        return dataclasses.replace(step, prox_step=self._hyperparameters(group).prox_step)
 
     def _is_apart(self, penalty: Any) -> bool:
         """Whether the proximal operator is taken after the descent of all groups, instead of with it."""
@@ -198,11 +202,6 @@ class ProximalOptimizer(PenalizedOptimizer):
             params.append(p)
             grads.append(grad)
         return self._update.tensors(params, grads)
-
-    @staticmethod
-    def effective_step(group: Mapping[str, Any]) -> float | Tensor:
-        """The step of the proximal operator in this group, strength scale included."""
-        raise NotImplementedError
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         """Raise unless a fused step can be had for every parameter of a group that asks for it."""
