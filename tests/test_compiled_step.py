@@ -49,9 +49,8 @@ def test_one_graph_that_outlives_changes_of_lr_and_strength(case, foreach, dtype
     expected, _ = train(case, dtypes, compiled=False, **kwargs)
     got, frames = train(case, dtypes, compiled=True, **kwargs)
     for a, b in zip(expected, got, strict=True):
-        ulp = (
-            2**-7 if a.dtype == torch.bfloat16 else 1e-6 * case.precision
-        )  # at 1: torch's own bfloat16 sums differ by that
+        half = a.dtype == torch.bfloat16
+        ulp = 2**-6 if half else 1e-6 * case.precision  # of 2 to 4: torch's own bfloat16 sums differ by that much
         torch.testing.assert_close(a, b, atol=ulp, rtol=1e-6)
     assert frames == [1, 2, 2, 2, 2]  # the first step, which fills the momentum buffers, and all others
 

@@ -153,7 +153,7 @@ def test_a_shared_strength_scale_stays_shared(case):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
         reg = Regularizer(model, {"0.weight": L1(0.1), "1.weight": ElasticNet(0.1, 0.2)})
-        return reg, case(reg.param_groups())
+        return reg, case(reg.param_groups(), **case.flat)
 
     reg, opt = start()
     reg.strength_scale = 0.25
