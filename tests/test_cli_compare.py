@@ -20,7 +20,12 @@ from torchreg.cli.output import printable
 from torchreg.cli.summary import QUANTITIES, table
 from torchreg.cli.training import Result
 
-METHODS = ["none", "l2-loss", "l1-loss", "l1-prox", "elastic-net-prox"]
+METHODS = ["none", "l2-loss", "l1-loss", "l1-prox", "elastic-net-prox", "l1-loss-adam", "l1-prox-adam"]
+PROXIMAL = ["l1-prox", "elastic-net-prox", "l1-prox-adam"]
+LABELS = [
+    *("no penalty", "L2 in the loss", "L1 in the loss", "L1 by ProxSGD", "Elastic Net by ProxSGD"),
+    *("L1 in the loss, Adam", "L1 by ProxAdamW"),
+]
 SMALL = ["--steps", "30", "--seeds", "2", "--hidden", "16"]
 VARYING = {"seconds", "logdir", "figure", "step_time", "step_time_ratio"}
 
@@ -68,6 +73,14 @@ def test_prox_sgd_leaves_80_percent_zeros_within_a_point_of_accuracy_on_digits(d
     assert sparsity["none"] == sparsity["l2-loss"] == sparsity["l1-loss"] == 0
 
 
+def test_prox_adamw_leaves_as_many_zeros_at_the_objective_of_prox_sgd_on_digits(digits):
+    accuracy, sparsity, objective = (results(digits[0], q) for q in ("accuracy", "sparsity", "objective"))
+    assert sparsity["l1-prox-adam"] >= 0.85
+    assert sparsity["l1-loss-adam"] == 0
+    assert accuracy["l1-prox-adam"] >= accuracy["none"] - 0.01
+    assert objective["l1-prox-adam"] == pytest.approx(objective["l1-prox"], rel=0.05)
+
+
 def test_both_routes_of_l1_reach_the_same_objective_on_digits(digits):
     objective, norm = results(digits[0], "objective"), results(digits[0], "l1_norm")
     assert objective["l1-loss"] == pytest.approx(objective["l1-prox"], rel=0.03)
@@ -97,7 +110,8 @@ def test_conclusion_names_the_numbers(digits):
 def test_json_document_has_every_quantity_of_every_run(small):
     document = small[0]
     assert set(document) == {
-        *("torchreg", "torch", "data", "settings", "methods", "conclusion", "seconds", "logdir", "figure")
+        *("torchreg", "torch", "data", "settings", "methods", "notes", "conclusion", "seconds", "logdir"),
+        "figure",
     }
     assert document["torchreg"] == torchreg.__version__
     assert document["data"] == {"name": "toy", "train": 200, "test": 60, "inputs": 36, "classes": 3}
@@ -105,7 +119,7 @@ def test_json_document_has_every_quantity_of_every_run(small):
     assert [entry["method"] for entry in document["methods"]] == METHODS
     quantities = {
         *("accuracy", "sparsity", "inputs_used", "l1_norm", "l2_norm", "largest_weight", "data_loss", "objective"),
-        *("kkt_residual", "step_time"),
+        *("kkt_residual", "strength_scale", "step_time"),
     }
     for entry in document["methods"]:
         assert set(entry["mean"]) == set(entry["std"]) == quantities
@@ -146,7 +160,10 @@ def test_methods_share_initial_weights_and_batches(tmp_path):
         ]
     )
     norms = results(document, "l2_norm")
-    assert all(norm == pytest.approx(norms["none"], rel=1e-6) for norm in norms.values())
+    for name, norm in norms.items():
+        same = "l1-loss-adam" if "adam" in name else "none"
+        assert norm == pytest.approx(norms[same], rel=1e-6)
+    assert norms["l1-loss-adam"] != norms["none"]
     assert "too small" in document["conclusion"][0]
 
 
@@ -175,8 +192,7 @@ def test_table_conclusion_and_paths_are_printed(tmp_path, capsys):
     for heading in ("accuracy %", "zeros %", "inputs used", "‖w‖₁", "‖w‖₂", "max |w|", "KKT residual", "µs/step"):
         assert heading in captured.out
     rows = [line for line in captured.out.splitlines() if "±" in line]
-    labels = ["no penalty", "L2 in the loss", "L1 in the loss", "L1 by ProxSGD", "Elastic Net by ProxSGD"]
-    assert [re.split(r"\s{2,}", row)[0] for row in rows] == labels
+    assert [re.split(r"\s{2,}", row)[0] for row in rows] == LABELS
     assert "Want zeros?" in captured.out
     assert f"tensorboard --logdir {tmp_path / 'runs'}" in captured.out
     assert f"figure: {tmp_path / 'runs' / 'compare.png'}" in captured.out
@@ -243,6 +259,109 @@ def test_prox_runs_log_their_threshold(small):
     assert any(tag.startswith("threshold/") for tag in tags)
 
 
+# compare: a target instead of a strength, and a refit
+
+
+@pytest.fixture(scope="module")
+def refitted(tmp_path_factory):
+    """60 % zeros asked for, on data that needs few weights, and a refit of 20 steps (one an epoch)."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("refitted")
+    path, logdir = mnist_like(folder / "toy.npz"), folder / "runs"
+    options = ["--target", "0.6", "--refit", "20", "--logdir", str(logdir)]
+    return run_json(["compare", "--data", str(path), *SMALL, *options]), logdir, path
+
+
+def test_the_proximal_methods_reach_the_target(refitted):
+    sparsity = results(refitted[0], "sparsity")
+    for name in METHODS:
+        assert sparsity[name] == pytest.approx(0.6 if name in PROXIMAL else 0, abs=0.005)
+
+
+def test_the_strength_that_a_target_needed_is_told_and_judged_by(refitted):
+    document = refitted[0]
+    scale = results(document, "strength_scale")
+    assert all(scale[name] == 1 for name in METHODS if name not in PROXIMAL)
+    assert all(scale[name] > 0 and scale[name] != 1 for name in PROXIMAL)
+    l1 = document["settings"]["l1"] * scale["l1-prox"]
+    assert f"60.0 % zeros were held at these strengths: l1 = {l1:.1e} ±" in document["notes"][0]
+    assert "missed" not in document["notes"][0]
+    run = next(m for m in document["methods"] if m["method"] == "l1-prox")["runs"][0]
+    penalty = document["settings"]["l1"] * run["strength_scale"] * run["l1_norm"]
+    assert run["objective"] == pytest.approx(run["data_loss"] + penalty, rel=1e-4)
+
+
+def test_a_target_that_is_missed_is_said_once(tmp_path, capsys):
+    """After one step with a learning rate of 1e-30 no weight has moved, but for those that no strength spares."""
+    path = mnist_like(tmp_path / "toy.npz")
+    options = ["--target", "0.9", "--l1", "1e-30", "--lr", "1e-30", "--steps", "2", "--seeds", "1", "--no-figure"]
+    assert main(["compare", "--data", str(path), *options, "--logdir", str(tmp_path / "r")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert re.search(r"\(L1 by\s+ProxSGD,\s+missed:\s+0\.0\s+%\)", captured.out)
+
+
+def test_a_refit_keeps_the_zeros_and_fits_the_other_weights(refitted):
+    sparsity, loss = results(refitted[0], "sparsity"), results(refitted[0], "data_loss")
+    for name in PROXIMAL:
+        assert sparsity[f"{name}-refit"] == sparsity[name]
+        assert loss[f"{name}-refit"] < 0.9 * loss[name]
+    used = results(refitted[0], "inputs_used")
+    assert all(used[f"{name}-refit"] == used[name] for name in PROXIMAL)
+
+
+def test_refits_stand_after_their_method_and_have_no_kkt_residual(refitted):
+    document = refitted[0]
+    expected = [row for name in METHODS for row in ([name, f"{name}-refit"] if name in PROXIMAL else [name])]
+    assert [entry["method"] for entry in document["methods"]] == expected
+    for entry in document["methods"]:
+        assert (entry["mean"]["kkt_residual"] is None) == entry["method"].endswith("-refit")
+    assert "20 more epochs without a penalty" in document["notes"][1]
+
+
+def test_a_refit_changes_nothing_before_it(refitted, tmp_path):
+    document, _, path = refitted
+    options = ["--target", "0.6", "--no-figure", "--logdir", str(tmp_path / "r")]
+    alone = run_json(["compare", "--data", str(path), *SMALL, *options])
+    for quantity in ("accuracy", "sparsity", "objective"):
+        before, after = results(alone, quantity), results(document, quantity)
+        assert {name: after[name] for name in METHODS} == before
+
+
+def test_tables_show_refits_beneath_their_methods(tmp_path, capsys):
+    path = mnist_like(tmp_path / "toy.npz")
+    options = [*SMALL, "--refit", "1", "--no-figure", "--logdir", str(tmp_path / "r")]
+    assert main(["compare", "--data", str(path), *options]) == 0
+    out = capsys.readouterr().out
+    rows = [re.split(r"\s{2,}", line.strip())[0] for line in out.splitlines() if "±" in line]
+    labelled = zip(LABELS, METHODS, strict=True)
+    assert rows == [row for label, name in labelled for row in ([label, "refitted"] if name in PROXIMAL else [label])]
+    assert "1 more epoch without a penalty" in out
+
+
+def test_tensorboard_shows_the_refit_after_the_training(refitted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    document, logdir, _ = refitted
+    events = EventAccumulator(str(logdir / "l1-prox-seed1")).Reload()
+    assert [e.step for e in events.Scalars("accuracy/test")] == list(range(3, 51, 3))
+    entries = {m["method"]: m["runs"][1] for m in document["methods"]}
+    assert events.Scalars("final/accuracy")[-1].value == pytest.approx(entries["l1-prox"]["accuracy"])
+    assert events.Scalars("refit/accuracy")[-1].value == pytest.approx(entries["l1-prox-refit"]["accuracy"])
+    loss = {e.step: e.value for e in events.Scalars("loss/data")}
+    assert max(loss) == 50
+    plain = EventAccumulator(str(logdir / "l1-loss-seed1")).Reload()
+    assert max(e.step for e in plain.Scalars("loss/data")) == 30
+
+
+@pytest.mark.parametrize("options", [["--target", "0"], ["--target", "0.9999"], ["--l1", "1e3"], ["--lr", "1e30"]])
+def test_extreme_targets_and_empty_or_diverged_networks_are_refitted_quietly(options, tmp_path, capsys):
+    path = mnist_like(tmp_path / "toy.npz")
+    options = [*options, "--refit", "1", "--steps", "3", "--seeds", "1", "--hidden", "4"]
+    assert main(["compare", "--data", str(path), *options, "--logdir", str(tmp_path / "r")]) == 0
+    assert capsys.readouterr().err == ""
+
+
 # compare: bad input
 
 
@@ -279,6 +398,9 @@ def test_a_read_only_logdir_is_refused(tmp_path, capsys):
             ("--l1", "-0.1"),
             ("--l1", "nan"),
             ("--l1", "inf"),
+            *(("--adam-lr", "0"), ("--adam-lr", "fast"), ("--target", "1"), ("--target", "-0.1"), ("--target", "90")),
+            *(("--target", "nan"), ("--target", "90%"), ("--target",), ("--target", "0.9", "--l1", "0")),
+            *(("--refit", "0"), ("--refit", "-2"), ("--refit", "1.5"), ("--refit", "1" + "0" * 30)),
         ),
         *(("--l2", "-1e-9"), ("--l2", "much"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "-1"), ("--unknown",)),
         *(("--seeds",), ("extra",)),
@@ -452,6 +574,7 @@ def test_the_table_fits_130_columns_and_shows_every_deviation():
         "step_time": 1e-3,
     }
     runs = [Result(seed=k, **{name: value * (1 + k / 4) for name, value in fields.items()}) for k in (0, 1)]
-    lines = table(dict.fromkeys(METHODS, runs)).splitlines()
+    names = [*METHODS, *(f"{name}-refit" for name in PROXIMAL)]
+    lines = table(dict.fromkeys(names, runs)).splitlines()
     assert max(map(len, lines)) <= 130
-    assert [line.count("±") for line in lines[2:]] == [8] * 5
+    assert [line.count("±") for line in lines[2:]] == [8] * 7 + [7] * 3

@@ -51,6 +51,14 @@ def strength(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """A number from 0 up to, but without, 1."""
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction of at least 0 and below 1, such as 0.9, got {text!r}")
+    return value
+
+
 def learning_rate(text: str) -> float:
     """A positive, finite number."""
     value = _number(text)

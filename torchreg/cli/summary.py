@@ -13,12 +13,17 @@ import torch
 import torchreg
 from torchreg import tables
 from torchreg.cli.data import Dataset
-from torchreg.cli.training import METHODS, MOMENTUM, Result, Settings
+from torchreg.cli.methods import METHODS, MOMENTUM, Settings
+from torchreg.cli.training import Result, Run
 
 Results = Mapping[str, Sequence[Result]]
 
 QUANTITIES = tuple(f.name for f in fields(Result) if f.name != "seed")
+REFIT = "-refit"
 LABELS = {method.name: method.label for method in METHODS}
+LABELS |= {m.name + REFIT: f"{m.label}, refitted" for m in METHODS if m.route == "prox"}
+TOLERANCE = 0.005
+"""Beyond this a target is called missed, as by `torchreg.TargetSparsity`."""
 GREAT_LOSS = 0.02
 """Accuracy lost from which on the strength is called too great."""
 
@@ -29,9 +34,19 @@ def heading(data: Dataset, settings: Settings) -> str:
     return (
         f"{data.name}: {len(data.x_train)} training and {len(data.x_test)} test samples, network "
         f"{data.inputs}-{s.hidden}-{data.classes}, {s.seeds} seed{'s' * (s.seeds > 1)}\n"
-        f"{s.steps} steps of {s.batch} samples, SGD momentum {MOMENTUM}, lr {s.lr:g} to 0 (cosine), "
-        f"strengths l1 = {s.l1:g}, l2 = {s.l2:g}"
+        f"{s.steps} steps of {s.batch} samples, SGD momentum {MOMENTUM}, lr {s.lr:g} (Adam: {s.adam_lr:g}) to 0 "
+        f"(cosine), strengths l1 = {s.l1:g}, l2 = {s.l2:g}"
     )
+
+
+def by_row(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[Result]]:
+    """The results of each method, and after those of a proximal one the results of its refits."""
+    rows = {}
+    for name, group in runs.items():
+        rows[name] = [run.result for run in group]
+        if refits := [run.refitted for run in group if run.refitted is not None]:
+            rows[name + REFIT] = refits
+    return rows
 
 
 def table(results: Results) -> str:
@@ -46,24 +61,48 @@ def table(results: Results) -> str:
             _cell([r.l1_norm for r in runs], 0),
             _cell([r.l2_norm for r in runs], 1),
             _cell([r.largest_weight for r in runs], 2),
-            _cell([r.kkt_residual for r in runs], None),
+            "–" if name.endswith(REFIT) else _cell([r.kkt_residual for r in runs], None),
             _cell([1e6 * r.step_time for r in runs], 0),
         ]
-        rows.append((LABELS[name], *cells))
+        rows.append(("  refitted" if name.endswith(REFIT) else LABELS[name], *cells))
     return tables.render(columns, rows, narrow=True)
 
 
-def conclusion(results: Results, data: Dataset) -> list[str]:
+def notes(results: Results, settings: Settings) -> list[str]:
+    """What a target and a refit have done."""
+    texts = []
+    prox = [method for method in METHODS if method.route == "prox"]
+    if settings.target is not None:
+        found = []
+        for method in prox:
+            runs = results[method.name]
+            l1, l2 = (_cell([r.strength_scale * s for r in runs], None) for s in method.strengths(settings))
+            missed = abs(mean(runs, "sparsity") - settings.target) > TOLERANCE
+            strengths = f"l1 = {l1}, l2 = {l2}" if "l2" in method.uses else f"l1 = {l1}"
+            reached = f", missed: {_percent(mean(runs, 'sparsity'))}" if missed else ""
+            found.append(f"{strengths} ({method.label}{reached})")
+        texts.append(f"{_percent(settings.target)} zeros were held at these strengths: {'; '.join(found)}.")
+    if settings.refit:
+        texts.append(
+            f"Refitted: the zeros frozen, the other weights trained for {settings.refit} more "
+            f"epoch{'s' * (settings.refit > 1)} without a penalty."
+        )
+    return texts
+
+
+def conclusion(results: Results, data: Dataset, settings: Settings) -> list[str]:
     """What the numbers say, in a few sentences that depend on them."""
     diverged = [LABELS[name] for name, runs in results.items() if not all(math.isfinite(r.l2_norm) for r in runs)]
     if diverged:
         return [f"Diverged: {', '.join(diverged)}. Take a smaller --lr or smaller strengths."]
-    return [_zeros_sentence(results, data), _accuracy_sentence(results)]
+    return [_zeros_sentence(results, data, settings), _adam_sentence(results, settings), _accuracy_sentence(results)]
 
 
-def _zeros_sentence(results: Results, data: Dataset) -> str:
+def _zeros_sentence(results: Results, data: Dataset, settings: Settings) -> str:
     prox, loss, l2 = results["l1-prox"], results["l1-loss"], results["l2-loss"]
     if mean(prox, "sparsity") == 0:
+        if settings.target is not None:
+            return "L1 by ProxSGD left no weight exactly zero; take a larger --target."
         return (
             "L1 by ProxSGD left no weight exactly zero: its strength is too small for these steps; take a larger --l1."
         )
@@ -73,14 +112,31 @@ def _zeros_sentence(results: Results, data: Dataset) -> str:
         f"Want zeros? L1 by ProxSGD: {_percent(mean(prox, 'sparsity'))} of the weights are exactly zero and "
         f"{unread:.0f} of {data.inputs} inputs are no longer read, for {_points(gap)} in accuracy. "
     )
+    text += _in_the_loss(settings, first=True)
     if mean(loss, "sparsity") or mean(l2, "sparsity"):
-        text += f"The same L1 in the loss has {_percent(mean(loss, 'sparsity'))}, L2 {_percent(mean(l2, 'sparsity'))}."
+        text += f" has {_percent(mean(loss, 'sparsity'))}, L2 {_percent(mean(l2, 'sparsity'))}."
     else:
-        text += f"The same L1 in the loss has none, though its ‖w‖₁ is {_cell([mean(loss, 'l1_norm')], 0)} "
+        text += f" has none, though its ‖w‖₁ is {_cell([mean(loss, 'l1_norm')], 0)} "
         text += f"(ProxSGD: {_cell([mean(prox, 'l1_norm')], 0)}), and neither has L2."
     if gap < -GREAT_LOSS:
-        text += " A smaller --l1 would cost less."
+        text += f" A smaller {'--l1' if settings.target is None else '--target'} would cost less."
     return text
+
+
+def _adam_sentence(results: Results, settings: Settings) -> str:
+    prox, loss = results["l1-prox-adam"], results["l1-loss-adam"]
+    return (
+        f"Under Adam: ProxAdamW leaves {_percent(mean(prox, 'sparsity'))} zeros at {_percent(mean(prox, 'accuracy'))}, "
+        f"{_in_the_loss(settings)} {_percent(mean(loss, 'sparsity')) if mean(loss, 'sparsity') else 'none'} at "
+        f"{_percent(mean(loss, 'accuracy'))}."
+    )
+
+
+def _in_the_loss(settings: Settings, first: bool = False) -> str:
+    """With a target the proximal methods have strengths of their own."""
+    if settings.target is not None:
+        return "L1 in the loss"
+    return f"{'The' if first else 'the'} same L1 in the loss"
 
 
 def _accuracy_sentence(results: Results) -> str:
@@ -129,7 +185,8 @@ def document(results: Results, data: Dataset, settings: Settings) -> dict[str, A
         },
         "settings": {**asdict(settings), "momentum": MOMENTUM},
         "methods": methods,
-        "conclusion": conclusion(results, data),
+        "notes": notes(results, settings),
+        "conclusion": conclusion(results, data, settings),
     }
     return _finite(plain)
 

@@ -9,7 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +20,9 @@ from torch import Tensor, nn
 
 import torchreg
 from torchreg.cli.data import Dataset
-from torchreg.penalties import Penalty
+from torchreg.cli.methods import Method, Settings
 
-MOMENTUM = 0.9
 LOGS_PER_RUN = 10
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all runs share. Strengths are in objective units: the loss is the mean cross-entropy."""
-
-    seeds: int
-    steps: int
-    hidden: int
-    batch: int
-    lr: float
-    l1: float
-    l2: float
-
-
-@dataclass(frozen=True)
-class Method:
-    """The parts of the penalty that act, and the route by which they do: none, the loss, or ProxSGD."""
-
-    name: str
-    label: str
-    route: str
-    uses: tuple[str, ...]
-
-    def strengths(self, settings: Settings) -> tuple[float, float]:
-        """The strengths of L1 and of L2, 0 where the method does not use them."""
-        return settings.l1 if "l1" in self.uses else 0.0, settings.l2 if "l2" in self.uses else 0.0
-
-    def penalty(self, settings: Settings) -> Penalty:
-        """The penalty by its usual name."""
-        l1, l2 = self.strengths(settings)
-        if "l2" not in self.uses:
-            return torchreg.L1(l1)
-        return torchreg.ElasticNet(l1, l2) if "l1" in self.uses else torchreg.L2(l2)
-
-
-METHODS = (
-    Method("none", "no penalty", "none", ()),
-    Method("l2-loss", "L2 in the loss", "loss", ("l2",)),
-    Method("l1-loss", "L1 in the loss", "loss", ("l1",)),
-    Method("l1-prox", "L1 by ProxSGD", "prox", ("l1",)),
-    Method("elastic-net-prox", "Elastic Net by ProxSGD", "prox", ("l1", "l2")),
-)
 
 
 @dataclass(frozen=True)
@@ -78,7 +35,10 @@ class Result:
         inputs_used: inputs with at least one non-zero weight in the first layer.
         data_loss: the mean cross-entropy over all training data.
         objective: the data's loss plus the penalty.
-        kkt_residual: the largest violation of the optimality conditions, in units of the strength.
+        kkt_residual: the largest violation of the optimality conditions, in units of the strength. NaN after a refit,
+            which leaves that problem.
+        strength_scale: what the strengths of ``settings`` were multiplied with: 1, or, with a target, the median over
+            the second half of the steps of what held it.
         step_time: the median of a training step, in seconds.
     """
 
@@ -92,14 +52,16 @@ class Result:
     data_loss: float
     objective: float
     kkt_residual: float
+    strength_scale: float
     step_time: float
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its result and the weights of its layers, the first layer's first."""
+    """A finished run: its result before and after a refit, and the last weights of its layers, the first's first."""
 
     result: Result
+    refitted: Result | None
     weights: list[Tensor]
 
 
@@ -121,37 +83,110 @@ def train(
     """
     model = network(data.inputs, settings.hidden, data.classes, seed)
     reg = torchreg.Regularizer(model, method.penalty(settings))
-    optimizer: torch.optim.Optimizer
-    if method.route == "prox":
-        optimizer = torchreg.ProxSGD(reg.param_groups(), lr=settings.lr, momentum=MOMENTUM)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=MOMENTUM)
-    every = max(1, settings.steps // LOGS_PER_RUN)
-    times = []
-    with torchreg.SparsityMonitor(reg, writer, every=every, optimizer=optimizer) as monitor:
-        for step, index in enumerate(batches(len(data.x_train), settings.batch, settings.steps, seed)):
-            lr = settings.lr * (1 + math.cos(math.pi * step / settings.steps)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            x, y = data.x_train[index], data.y_train[index]
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            (loss + reg() if method.route == "loss" else loss).backward()
-            optimizer.step()
-            times.append(time.perf_counter() - start)
-            monitor.step(loss=loss)
-            if (step + 1) % every == 0:
-                writer.add_scalar("accuracy/test", accuracy(model, data.x_test, data.y_test), step + 1)
-                writer.add_scalar("lr", lr, step + 1)
-                advance(every)
-        advance(settings.steps % every)
-    result = _result(model, reg, data, seed, statistics.median(times))
-    monitor.hparams(
-        {"method": method.name, "seed": seed, **_hparams(method, settings)},
-        {f"final/{name}": value for name, value in asdict(result).items() if name != "seed"},
-    )
-    return Run(result, [p.detach().clone() for _, p, _ in reg.penalized()])
+    order = batches(len(data.x_train), settings.batch, settings.steps + refit_steps(data, settings), seed)
+    phases = _Phases(model, reg, data, writer, advance, every=max(1, settings.steps // LOGS_PER_RUN))
+    lr, proximal = method.lr(settings), method.route == "prox"
+    optimizer = method.proximal(reg, lr) if proximal else method.optimizer(model, lr)
+    held = None if settings.target is None or not proximal else _Held(settings.target, optimizer, reg, settings.until)
+    with _said_elsewhere():
+        term = reg if method.route == "loss" else None
+        step_time = phases.run(optimizer, lr, islice(order, settings.steps), settings.steps, term, held)
+        if held is not None:
+            reg.strength_scale.fill_(held.scale())
+        result, refitted = _result(model, reg, data, seed, step_time), None
+        if settings.refit and proximal:
+            with torchreg.freeze_zeros(reg):
+                step_time = phases.run(method.optimizer(model, lr), lr, order, refit_steps(data, settings))
+            refitted = replace(_result(model, reg, data, seed, step_time), kkt_residual=math.nan)
+    metrics = {f"final/{name}": value for name, value in asdict(result).items() if name != "seed"}
+    if refitted is not None:
+        metrics |= {f"refit/{name}": getattr(refitted, name) for name in ("accuracy", "data_loss", "l1_norm")}
+    phases.monitor.hparams({"method": method.name, "seed": seed, **_hparams(method, settings)}, metrics)
+    return Run(result, refitted, [p.detach().clone() for _, p, _ in reg.penalized()])
+
+
+class _Phases:
+    """The loop of a training, whose steps count on from one phase to the next."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reg: torchreg.Regularizer,
+        data: Dataset,
+        writer: Any,
+        advance: Callable[[int], None],
+        every: int,
+    ) -> None:
+        self.model, self.reg, self.data, self.writer, self.advance = model, reg, data, writer, advance
+        self.every = every
+        self.monitor = torchreg.SparsityMonitor(reg, writer, every=every)
+
+    def run(
+        self,
+        optimizer: torch.optim.Optimizer,
+        first_lr: float,
+        order: Iterator[Tensor],
+        steps: int,
+        term: Callable[[], Tensor] | None = None,
+        held: _Held | None = None,
+    ) -> float:
+        """Train for ``steps`` and return the median of a step's time, in seconds."""
+        data, writer, done = self.data, self.writer, self.monitor.steps
+        self.monitor = torchreg.SparsityMonitor(self.reg, writer, every=self.every, optimizer=optimizer)
+        self.monitor.load_state_dict({"steps": done})
+        times = []
+        with self.monitor as monitor:
+            for step, index in enumerate(order):
+                lr = first_lr * (1 + math.cos(math.pi * step / steps)) / 2
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                x, y = data.x_train[index], data.y_train[index]
+                start = time.perf_counter()
+                optimizer.zero_grad()
+                loss = F.cross_entropy(self.model(x), y)
+                (loss if term is None else loss + term()).backward()
+                optimizer.step()
+                if held is not None:
+                    held.step()
+                times.append(time.perf_counter() - start)
+                monitor.step(loss=loss)
+                if monitor.steps % self.every == 0:
+                    writer.add_scalar("accuracy/test", accuracy(self.model, data.x_test, data.y_test), monitor.steps)
+                    writer.add_scalar("lr", lr, monitor.steps)
+                    self.advance(self.every)
+            self.advance(monitor.steps % self.every - done % self.every)
+        return statistics.median(times)
+
+
+class _Held:
+    """A target, and the strength scales that hold it once it is reached."""
+
+    def __init__(self, target: float, optimizer: Any, reg: torchreg.Regularizer, until: int) -> None:
+        self.target, self.reg = torchreg.TargetSparsity(optimizer, target, until=until), reg
+        self.scales: list[float] = []
+
+    def step(self) -> None:
+        """After a step of the optimizer."""
+        self.target.step()
+        if self.target.last_epoch >= self.target.until:
+            self.scales.append(float(self.reg.strength_scale))
+
+    def scale(self) -> float:
+        """Their median: as the learning rate vanishes, single ones are noise."""
+        return statistics.median(self.scales)
+
+
+def refit_steps(data: Dataset, settings: Settings) -> int:
+    """Steps of a refit."""
+    return settings.refit * (len(data.x_train) // settings.batch)
+
+
+@contextmanager
+def _said_elsewhere() -> Iterator[None]:
+    """Leave a target that is missed, and zeros that there are none or too many of, to the table."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The target of|Freezing |No weight is exactly zero", UserWarning)
+        yield
 
 
 def network(inputs: int, hidden: int, classes: int, seed: int) -> nn.Sequential:
@@ -246,12 +281,13 @@ def _result(model: nn.Sequential, reg: torchreg.Regularizer, data: Dataset, seed
         data_loss=losses[0],
         objective=losses[0] + penalty,
         kkt_residual=residual,
+        strength_scale=float(reg.strength_scale),
         step_time=step_time,
     )
 
 
-def _hparams(method: Method, settings: Settings) -> dict[str, float]:
+def _hparams(method: Method, settings: Settings) -> dict[str, Any]:
     """This run's strengths, and what all share under names that sort last: TensorBoard's table opens with five."""
     l1, l2 = method.strengths(settings)
     shared = {f"shared/{name}": value for name, value in asdict(settings).items() if name not in ("seeds", "l1", "l2")}
-    return {"l1": l1, "l2": l2, **shared}
+    return {"l1": l1, "l2": l2, **{name: value for name, value in shared.items() if value is not None}}
