@@ -291,13 +291,31 @@ def test_the_strength_that_a_target_needed_is_told_and_judged_by(refitted):
     assert run["objective"] == pytest.approx(run["data_loss"] + penalty, rel=1e-4)
 
 
-def test_a_target_that_is_missed_is_said_once(tmp_path, capsys):
+def test_the_strength_told_is_the_median_since_the_target_was_reached(tmp_path, monkeypatch):
+    scales = []
+    step = torchreg.TargetSparsity.step
+
+    def recorded(self):
+        step(self)
+        scales.append(float(self.optimizer.param_groups[0]["strength_scale"]))
+
+    monkeypatch.setattr(torchreg.TargetSparsity, "step", recorded)
+    path = mnist_like(tmp_path / "toy.npz")
+    options = ["--target", "0.5", "--steps", "9", "--seeds", "1", "--no-figure", "--logdir", str(tmp_path / "r")]
+    document = run_json(["compare", "--data", str(path), *options])
+    told = results(document, "strength_scale")
+    for i, name in enumerate(PROXIMAL):
+        assert told[name] == pytest.approx(np.median(scales[9 * i + 3 : 9 * i + 9]))  # from the 4th step on
+
+
+def test_a_target_that_is_missed_is_said_once(tmp_path, capsys, recwarn):
     """After one step with a learning rate of 1e-30 no weight has moved, but for those that no strength spares."""
     path = mnist_like(tmp_path / "toy.npz")
     options = ["--target", "0.9", "--l1", "1e-30", "--lr", "1e-30", "--steps", "2", "--seeds", "1", "--no-figure"]
     assert main(["compare", "--data", str(path), *options, "--logdir", str(tmp_path / "r")]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
+    assert not recwarn.list
     assert re.search(r"\(L1 by\s+ProxSGD,\s+missed:\s+0\.0\s+%\)", captured.out)
 
 
@@ -355,11 +373,12 @@ def test_tensorboard_shows_the_refit_after_the_training(refitted):
 
 
 @pytest.mark.parametrize("options", [["--target", "0"], ["--target", "0.9999"], ["--l1", "1e3"], ["--lr", "1e30"]])
-def test_extreme_targets_and_empty_or_diverged_networks_are_refitted_quietly(options, tmp_path, capsys):
+def test_extreme_targets_and_empty_or_diverged_networks_are_refitted_quietly(options, tmp_path, capsys, recwarn):
     path = mnist_like(tmp_path / "toy.npz")
     options = [*options, "--refit", "1", "--steps", "3", "--seeds", "1", "--hidden", "4"]
     assert main(["compare", "--data", str(path), *options, "--logdir", str(tmp_path / "r")]) == 0
     assert capsys.readouterr().err == ""
+    assert not recwarn.list
 
 
 # compare: bad input
