@@ -26,18 +26,16 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py
 
 # Up to an hour and a half. MNIST=path/to/mnist.npz says where the images are.
-bench-quality: $(VENV)/.plain
+bench-quality: $(VENV)/.demo
 	$(BIN)/python benchmarks/lenet.py --data $(MNIST)
+	$(BIN)/python benchmarks/lenet_settling.py --data $(MNIST)
+	$(BIN)/python benchmarks/compare_routes.py
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
-	touch $@
-
-$(VENV)/.plain: $(VENV)/.python pyproject.toml constraints.txt
-	$(INSTALL) .
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt

@@ -72,7 +72,7 @@ def test_a_cuda_graph_replays_the_step_with_new_numbers(case, form, dtype):
     def start():
         params = on_gpu(parameters(dtype))
         lr, scale = torch.tensor(0.1, device="cuda"), torch.tensor(1.0, device="cuda")
-        kwargs = {"momentum": 0.9, "penalty": L1(0.3), "capturable": True, **form}
+        kwargs = {**case.usual, "penalty": L1(0.3), "capturable": True, **form}
         return params, lr, scale, case(params, lr=lr, strength_scale=scale, **kwargs)
 
     params, lr, scale, opt = start()

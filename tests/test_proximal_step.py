@@ -24,7 +24,19 @@ from optimizer_cases import (
 from torch import nn
 
 import torchreg
-from torchreg import L1, L2, MCP, ElasticNet, NonNegative, ProxSGD, Regularizer, TopK, kernels
+from torchreg import (
+    L1,
+    L2,
+    MCP,
+    ElasticNet,
+    NonNegative,
+    ProxAdamW,
+    Proximal,
+    ProxSGD,
+    Regularizer,
+    TopK,
+    kernels,
+)
 from torchreg.penalties import base as penalties_base
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -613,6 +625,25 @@ class _HalfShrunk(L1):
         return w / 2
 
     prox_ = penalties_base.Penalty.prox_
+
+
+class _OneStep(L1):
+    """A penalty whose proximal operator takes one step for all weights only."""
+
+    takes_steps = False
+
+
+def test_a_penalty_without_a_prox_in_adams_metric_is_refused_there():
+    for make in (ProxAdamW, lambda params, **kwargs: Proximal(torch.optim.RMSprop(params), **kwargs)):
+        with pytest.raises(TypeError, match=r'_OneStep has no known proximal operator.*metric="identity"'):
+            make([scalar(1.0)], penalty=_OneStep(0.1))
+        make([scalar(1.0)], penalty=_OneStep(0.1), metric="identity")
+    opt = ProxAdamW([scalar(1.0, 1.0)], penalty=L1(0.1))
+    opt.param_groups[0]["penalty"] = _OneStep(0.1)
+    with unchanged(opt), pytest.raises(TypeError, match="_OneStep"):
+        opt.step()
+    Proximal(torch.optim.SGD([scalar(1.0, 1.0)], lr=0.1), penalty=_OneStep(0.1)).step()
+    ProxSGD([scalar(1.0, 1.0)], penalty=_OneStep(0.1)).step()
 
 
 @pytest.mark.parametrize("form", [form for name, form in FORMS.items() if name != "fused"], ids=str)

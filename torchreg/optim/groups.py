@@ -68,6 +68,15 @@ def check_penalized_params(group: Mapping[str, Any], index: int) -> None:
             raise type(error)(f"{where}: {error}") from None
 
 
+def check_takes_steps(penalty: Penalty, optimizer: str) -> None:
+    """Raise ``TypeError`` if the penalty's proximal operator is unknown where each weight has a step of its own."""
+    if not penalty.takes_steps:
+        raise TypeError(
+            f"{penalty.type_name} has no known proximal operator in {optimizer}'s metric, where each weight has a step "
+            'of its own: use metric="identity", or ProxSGD.'
+        )
+
+
 def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state dict with penalties in their plain dict form, and strength scales as they are now."""
     return {**state_dict, "param_groups": [_packed_group(group) for group in state_dict["param_groups"]]}

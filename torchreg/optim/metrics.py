@@ -14,6 +14,7 @@ from torchreg.kernels.problem import adam_metric_step
 from torchreg.kernels.rounding import HALF
 from torchreg.optim.base import scaled_step
 from torchreg.optim.gain import sgd_momentum_gain
+from torchreg.optim.groups import check_takes_steps
 from torchreg.penalties import tiles
 from torchreg.penalties.base import Step, checked_step, host_scalar, like
 
@@ -108,7 +109,8 @@ class ProxSteps:
 
         Raises:
             ValueError: if the group has no learning rate, a momentum of 1 or more, or is differentiable.
-            TypeError: if a parameter is complex where the metric treats its two parts apart.
+            TypeError: if a parameter is complex where the metric treats its two parts apart, or the penalty takes no
+                steps that differ between weights.
         """
         if group.get("differentiable"):
             raise ValueError(f"Group {index} has a penalty and `differentiable`: ProxSGD and ProxAdamW offer both.")
@@ -118,6 +120,7 @@ class ProxSteps:
             raise ValueError(f"Group {index} has no `lr` to take the penalty's step from: give a function as `metric`.")
         self.base(group)
         if self.metric is None and self.known is not None and self.known.metric is not None:
+            check_takes_steps(group["penalty"], type(self._optimizer).__name__)
             for position, p in enumerate(group["params"]):
                 if p.is_complex():
                     raise TypeError(

@@ -20,6 +20,7 @@ from torchreg.optim.base import (
     scaled_step,
     usable_penalty,
 )
+from torchreg.optim.groups import check_takes_steps
 from torchreg.penalties import Penalty
 
 METRICS = ("adam", "identity")
@@ -185,6 +186,9 @@ class ProxAdamW(ProximalOptimizer):
 
     def _hyperparameters(self, group: Mapping[str, Any]) -> kernels.AdamStep:
         beta1, beta2 = group["betas"]
+        penalty = usable_penalty(group)
+        if penalty is not None and group["metric"] == "adam":
+            check_takes_steps(penalty, "Adam")
         return kernels.AdamStep(
             lr=read(number(group, "lr"), group),
             beta1=beta1,
@@ -194,7 +198,7 @@ class ProxAdamW(ProximalOptimizer):
             decoupled_weight_decay=group["decoupled_weight_decay"],
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
-            penalty=usable_penalty(group),
+            penalty=penalty,
             prox_step=0.0 if group["penalty"] is None else scaled_step(group, 1.0),
             identity=group["metric"] == "identity",
             stochastic_rounding=group["stochastic_rounding"],
@@ -262,6 +266,7 @@ class ProxAdamW(ProximalOptimizer):
     def _check_params(self, group: Mapping[str, Any]) -> None:
         super()._check_params(group)
         if group["penalty"] is not None and group["metric"] == "adam":
+            check_takes_steps(group["penalty"], "Adam")
             for p in group["params"]:
                 if p.is_complex():
                     raise TypeError(

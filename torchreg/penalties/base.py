@@ -141,6 +141,9 @@ class Penalty(ABC):
     """
 
     type_name: ClassVar[str]
+    takes_steps: ClassVar[bool] = True
+    """Whether `prox` takes one step per coordinate, as adaptive optimizers need it."""
+
     has_gradient: ClassVar[bool] = True
     """Whether `grad` says where to go: if not, only a proximal optimizer can apply the penalty."""
 
