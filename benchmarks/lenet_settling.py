@@ -2,7 +2,8 @@
 
 Run `python benchmarks/lenet_settling.py --data mnist.npz`. Same start, same batches, same strength, 15 epochs: ProxSGD
 with a constant learning rate, ProxSGD with one that decays, RMDA in three stages. Counted are the weights that are left
-at the end, and how many weights become zero or leave zero in each step of the last epoch. The learning rates were chosen on training images left out (``--validate``). Results:
+at the end, and how many become zero or leave zero in each step of the last epoch. RMDA's learning rate was chosen from
+four on training images left out (``--validate``), ProxSGD's are usual ones. Results:
 benchmarks/results/lenet-settling.json.
 """
 
