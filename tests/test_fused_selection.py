@@ -12,7 +12,7 @@ from optimizer_cases import identical, snapshot
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from torchreg import L1, ElasticNet, ProxSGD
+from torchreg import L1, ElasticNet, ProxAdamW, ProxSGD
 from torchreg.kernels import native, selection, toolchain
 
 LARGE, SMALL = selection.SMALLEST, 100
@@ -233,6 +233,28 @@ def test_copies_are_fused_and_independent(make):
     (a,), (b,) = (o.param_groups[0]["params"] for o in (opt, twin))
     assert identical(snapshot([a]), snapshot([b]))
     assert (fused(opt), fused(twin)) == ({id(a)}, {id(b)})
+
+
+@needs_kernel
+@pytest.mark.parametrize("cls", [ProxSGD, ProxAdamW])
+@pytest.mark.parametrize("resized", ["parameter", "state"])
+def test_a_state_of_another_size_is_refused_and_changes_nothing(cls, resized):
+    params = weights(SMALL, 10 * SMALL)
+    opt = cls(params, **({"momentum": 0.9} if cls is ProxSGD else {}), lr=0.1, penalty=L1(0.1), fused=True)
+    for seed in range(2):
+        set_gradients(opt, seed)
+        opt.step()
+    if resized == "parameter":
+        params[1].data, params[1].grad = torch.ones(11 * SMALL), None
+    else:
+        key = "momentum_buffer" if cls is ProxSGD else "exp_avg_sq"
+        opt.state[params[1]][key] = torch.ones(2 * SMALL)
+    set_gradients(opt)
+    before, state = snapshot(params), copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=r"The state of a parameter of shape \(1[01]00,\) has the shape \((1000|200),"):
+        opt.step()
+    assert identical(snapshot(params), before)
+    torch.testing.assert_close(opt.state_dict()["state"], state["state"])
 
 
 @needs_kernel

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from torchreg.kernels import native, triton_step
 from torchreg.kernels.plan import COUNTS, Part, Plan
-from torchreg.kernels.problem import Update
-from torchreg.kernels.selection import Arrangement, Chosen, Wish
+from torchreg.kernels.problem import Tensors, Update
+from torchreg.kernels.selection import Arrangement, Chosen, Wish, identical
 
 
 class FusedSteps:
@@ -20,6 +20,7 @@ class FusedSteps:
         self._update = update
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
         self._arrangement: Arrangement | None = None
+        self._changed: list[Tensor] = []
 
     def step(
         self,
@@ -35,14 +36,24 @@ class FusedSteps:
             wishes: what they say of the implementation.
             grad_scale: what the gradients are divided by; on a GPU only.
             found_inf: where it is 1 nothing changes; on a GPU only, where no host waits for it.
+
+        Raises:
+            ValueError: if a gradient or buffer is of another size than its parameter; nothing is changed then.
         """
         known = self._arrangement
         arrangement = known if known is not None and known.fits(parts, wishes) else Arrangement(parts, wishes)
         self._arrangement = None  # until all is done
-        for i, indices in (chosen for kind in arrangement.kinds.values() for chosen in kind):
-            tensors = parts[i][0] if indices is None else parts[i][0].take(indices)
-            changed = [*tensors.params, *(t for buffers in tensors.buffers().values() for t in buffers)]
-            torch.autograd.graph.increment_version(changed)  # may raise
+        chosen_tensors = [
+            parts[i][0] if indices is None else parts[i][0].take(indices)
+            for kind in arrangement.kinds.values()
+            for i, indices in kind
+        ]
+        changed = [t for tensors in chosen_tensors for ts in (tensors.params, *tensors.buffers().values()) for t in ts]
+        if arrangement is not known or not identical(changed, self._changed):
+            for tensors in chosen_tensors:
+                _check_sizes(tensors)
+        torch.autograd.graph.increment_version(changed)  # may raise
+        self._changed = changed
         # counts are of this step
         self._plans = {kind: self._plans[kind] for kind in arrangement.kinds if kind in self._plans}
         for kind, chosen in arrangement.kinds.items():
@@ -72,7 +83,7 @@ class FusedSteps:
     def clear(self) -> None:
         """Forget the counts: the last step was not a fused one."""
         self._plans.clear()
-        self._arrangement = None
+        self._arrangement, self._changed = None, []
 
     def counted(self) -> list[Tensor]:
         """The parameters that the last step counted."""
@@ -91,3 +102,17 @@ class FusedSteps:
             plan.counts[:, COUNTS.index("new") : COUNTS.index("revived") + 1] = 0
             taken.append(rows)
         return taken
+
+
+def _check_sizes(tensors: Tensors) -> None:
+    """Raise unless all that belongs to a parameter is of its size: a kernel sees addresses only."""
+    sizes = list(map(Tensor.numel, tensors.params))
+    for entries in (tensors.grads, *tensors.buffers().values()):
+        if not entries or list(map(Tensor.numel, entries)) == sizes:
+            continue
+        p, entry = next((p, e) for p, e in zip(tensors.params, entries, strict=True) if p.numel() != e.numel())
+        what = "gradient" if entries is tensors.grads else "state"
+        raise ValueError(
+            f"The {what} of a parameter of shape {tuple(p.shape)} has the shape {tuple(entry.shape)}: if the parameter "
+            "was resized, give the optimizer a new one, or resize its gradient and state too."
+        )

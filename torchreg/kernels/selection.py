@@ -111,7 +111,7 @@ class Arrangement:
         """Whether it holds for this step too: the same parameters in the same memory, penalties and wishes."""
         return (
             len(parts) == len(self._params)
-            and all(map(_identical, self._params, (tensors.params for tensors, _ in parts)))
+            and all(map(identical, self._params, (tensors.params for tensors, _ in parts)))
             and self._signatures == [_signature(step, wish) for (_, step), wish in zip(parts, wishes, strict=True)]
             and self._memory == _memory(self._fused)
         )
@@ -131,7 +131,8 @@ def _memory(params: list[Tensor]) -> tuple[list[Any], ...]:
     )
 
 
-def _identical(a: list[Tensor], b: list[Tensor]) -> bool:
+def identical(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two lists hold the same tensors."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
