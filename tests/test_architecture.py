@@ -20,6 +20,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.kernels": 3,
     "torchreg.optimality": 3,
     "torchreg.scales": 3,
+    "torchreg.zeroing": 3,
     "torchreg.schedules": 3,
     "torchreg.support": 3,
     "torchreg.hook": 4,

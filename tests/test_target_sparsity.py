@@ -478,14 +478,26 @@ def test_a_foreign_state_is_refused_and_changes_nothing():
     aim = TargetSparsity(optimizer, 0.5, until=25)
     train(model, optimizer, 3, aim)
     good = aim.state_dict()
-    for change in ({"last_epoch": -1}, {"start": [0.1, 0.2]}, {"start": [2.0]}, {"scales": []}, {"other": 1}):
+    scales = ({"scales": scales} for scales in ([], [-1.0], [torch.ones(3)]))
+    for change in ({"last_epoch": -1}, {"start": [0.1, 0.2]}, {"start": [2.0]}, {"other": 1}, *scales):
         with pytest.raises(ValueError, match=r"Expected|saved state"):
+            aim.load_state_dict({**good, **change})
+    for change in ({"start": 3}, {"start": ["a"]}, {"scales": 5}, {"scales": ["a"]}):
+        with pytest.raises(TypeError, match=r"^Expected"):
             aim.load_state_dict({**good, **change})
     with pytest.raises(TypeError, match="last_epoch"):
         aim.load_state_dict({**good, "last_epoch": 1.5})
     with pytest.raises(ValueError, match="state of a TargetSparsity"):
         aim.load_state_dict(None)
     assert aim.last_epoch == 3
+    assert aim.state_dict() == good
+
+
+def test_a_state_that_began_at_zeros_alone_is_loaded():
+    w = nn.Parameter(torch.zeros(10))
+    aim = TargetSparsity(ProxSGD([w], lr=0.1, penalty=L1(0.1)), 0.4, until=5)
+    aim.load_state_dict(through_file(aim.state_dict()))
+    assert aim.wanted(0) == {"all": 1.0}
 
 
 # Bad input

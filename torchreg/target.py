@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from torchreg.monitor.transfer import Transfer, fetch
-from torchreg.penalties import Penalty, Strength
+from torchreg.optim.groups import checked_scale
 from torchreg.penalties.base import host_scalar
-from torchreg.penalties.separable import is_shrinkage
 from torchreg.scales import Scales, checked_count
+from torchreg.zeroing import makes_zeros, taken, zeroing_scale
 
 TOLERANCE = 0.005
 """Half a point: how far from its target a fraction may be without a warning."""
@@ -167,18 +167,19 @@ class TargetSparsity:
 
         Raises:
             ValueError: if it is no such state, or one of other goals (nothing is changed then).
-            TypeError: if the saved step is no integer.
+            TypeError: if the saved step is no integer, or another entry not of its type.
         """
         if not isinstance(state_dict, Mapping) or set(state_dict) != {"last_epoch", "due", "start", "scales"}:
             raise ValueError("Expected the state of a TargetSparsity: 'last_epoch', 'due', 'start' and 'scales'.")
         last_epoch = checked_count("last_epoch", state_dict["last_epoch"])
-        start = [
-            _fraction(f"start of {goal.name}", s) for goal, s in zip(self._goals, state_dict["start"], strict=False)
-        ]
-        scales = list(state_dict["scales"])
-        if len(state_dict["start"]) != len(self._goals) or len(scales) != sum(len(g.scales) for g in self._goals):
+        for key in ("start", "scales"):
+            if not isinstance(state_dict[key], (list, tuple)):
+                raise TypeError(f"Expected {key!r} of the saved state to be a list, got {state_dict[key]!r}.")
+        start = [_fraction(f"start of goal {i}", s, most=1.0) for i, s in enumerate(state_dict["start"])]
+        scales = [checked_scale(scale) for scale in state_dict["scales"]]
+        if len(start) != len(self._goals) or len(scales) != sum(len(g.scales) for g in self._goals):
             raise ValueError(
-                f"The saved state is of {len(state_dict['start'])} goals in {len(scales)} groups; here are "
+                f"The saved state is of {len(start)} goals in {len(scales)} groups; here are "
                 f"{len(self._goals)} in {sum(len(g.scales) for g in self._goals)}."
             )
         self.last_epoch, self._pending = last_epoch, None
@@ -245,17 +246,17 @@ class TargetSparsity:
                 if origins[k].numel() == 0 or (not isinstance(step, Tensor) and step == 0):
                     continue
                 at = positions[k]
-                weight = point.params[k] if point.positions else _taken(point.params[k], at)
+                weight = point.params[k] if point.positions else taken(point.params[k], at)
                 if isinstance(step, Tensor) and step.ndim and not point.positions:
-                    step = _taken(step.expand(origins[k].shape), at)
-                parts.append(_ratio(point.group["penalty"], weight, step, origins[k].shape, at))
+                    step = taken(step.expand(origins[k].shape), at)
+                parts.append(zeroing_scale(point.group["penalty"], weight, step, origins[k].shape, at))
         return torch.cat([part.to(parts[0]) for part in parts]) if parts else None
 
     def _zeros(self, goal: _Goal, sample: bool = True) -> Tensor:
         """The fraction of zeros among a goal's weights, or among a sample of them: a float64 0-d tensor."""
         weights = [p.detach() for p in goal.weights()]
         total = sum(w.numel() for w in weights)
-        here = [w if not sample else _taken(w, self._index(w, total)) for w in weights]
+        here = [w if not sample else taken(w, self._index(w, total)) for w in weights]
         counts = [(w == 0).sum().to(weights[0].device) for w in here]
         return torch.stack(counts).sum().double() / max(1, sum(w.numel() for w in here))
 
@@ -314,7 +315,7 @@ def _goals(optimizer: Any, target: Any) -> list[_Goal]:
 
 def _check_makes_zeros(group: Mapping[str, Any], index: int, per_rule: bool) -> None:
     penalty = group["penalty"]
-    if _soft_threshold(penalty) is not None or _law(penalty) is not None:
+    if makes_zeros(penalty):
         return
     hint = "" if per_rule else "; give a target for each of the other rules instead"
     raise ValueError(
@@ -322,12 +323,13 @@ def _check_makes_zeros(group: Mapping[str, Any], index: int, per_rule: bool) -> 
     )
 
 
-def _fraction(name: str, value: Any) -> float:
+def _fraction(name: str, value: Any, most: float = math.nextafter(1, 0)) -> float:
+    allowed = f"Expected `{name}` to be a fraction in [0, 1{']' if most == 1 else ')'}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"Expected `{name}` to be a fraction in [0, 1), got {value!r}.")
+        raise TypeError(f"{allowed}, got {value!r}.")
     number = float(value)
-    if not 0 <= number < 1:
-        raise ValueError(f"Expected `{name}` to be a fraction in [0, 1), got {number}.")
+    if not 0 <= number <= most:
+        raise ValueError(f"{allowed}, got {number}.")
     return number
 
 
@@ -340,56 +342,6 @@ def _place(scales: Scales) -> None:
             group["strength_scale"] = placed.setdefault(device, torch.tensor(scale, device=device))
         elif scale.device != device:
             group["strength_scale"] = placed.setdefault((id(scale), device), scale.detach().to(device))
-
-
-def _ratio(penalty: Penalty, w: Tensor, step: float | Tensor, shape: torch.Size, at: Tensor | None) -> Tensor:
-    """The scale from which on each weight is zero: (|w|/θ)^(1/p)/τ where the threshold is θ·(τ·scale)^p.
-
-    ``w`` is the vector of the weights at the positions ``at`` of a parameter of this shape.
-    """
-    modulus = w.abs() if w.dtype in (torch.float64, torch.complex128) else w.abs().float()
-    step = step.to(modulus) if isinstance(step, Tensor) else step
-    strength = _soft_threshold(penalty)
-    if strength is None:
-        law = _law(penalty)
-        assert law is not None  # checked in the beginning
-        unit, power = law
-        modulus = (modulus / unit) ** (1 / power)
-    elif isinstance(strength, Tensor):
-        step = step * (strength if strength.ndim == 0 else _taken(strength.expand(shape), at)).to(modulus)
-    else:
-        step = step * strength
-    if not isinstance(step, Tensor):
-        return modulus / step if step > 0 else torch.full_like(modulus, math.nan)
-    return torch.where(step > 0, modulus / step, math.nan)
-
-
-def _soft_threshold(penalty: Penalty) -> Strength | None:
-    """λ such that weights up to τ·λ become zero, where that is how the penalty works; None if not, or at 0."""
-    strength = host_scalar(penalty.parts()[0]) if is_shrinkage(penalty) else None  # type: ignore[attr-defined]
-    return strength if isinstance(strength, Tensor) or strength else None
-
-
-def _law(penalty: Penalty) -> tuple[float, float] | None:
-    """(θ, p) such that small steps zero the weights up to θ·step^p, and only those; None if there are none such."""
-    if penalty.is_joint or any(isinstance(s, Tensor) and s.ndim for s in penalty.strengths().values()):
-        return None
-    small = 1e-6
-    try:
-        low, high = (float(penalty.threshold(step)) for step in (small, small * 16))
-        if not (penalty.strengths() and 0 < low < high < math.inf):
-            return None
-        kept = penalty.prox(torch.tensor([0.99 * low, 1.01 * low], dtype=torch.float64), small) != 0
-    except (NotImplementedError, ValueError, TypeError, RuntimeError):
-        return None
-    power = round(math.log(high / low, 16), 9)
-    return (low / small**power, power) if kept.tolist() == [False, True] else None
-
-
-def _taken(w: Tensor, index: Tensor | None) -> Tensor:
-    if index is None:
-        return w.flatten()
-    return w.view(-1).index_select(0, index) if w.is_contiguous() else torch.take(w, index)
 
 
 def _spread(size: int, count: int, device: torch.device) -> Tensor:

@@ -1,0 +1,68 @@
+"""From which strength scale on the proximal operator makes a weight zero."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchreg.penalties import Penalty, Strength
+from torchreg.penalties.base import host_scalar
+from torchreg.penalties.separable import is_shrinkage
+
+
+def makes_zeros(penalty: Penalty) -> bool:
+    """Whether a larger scale of this penalty zeroes more weights, one by one, in a way that is known."""
+    return _soft_threshold(penalty) is not None or _law(penalty) is not None
+
+
+def zeroing_scale(penalty: Penalty, w: Tensor, step: float | Tensor, shape: torch.Size, at: Tensor | None) -> Tensor:
+    """The scale from which on each weight is zero: (|w|/θ)^(1/p)/τ where the threshold is θ·(τ·scale)^p.
+
+    ``w`` is the vector of the weights at the positions ``at`` of a parameter of this shape.
+    """
+    modulus = w.abs() if w.dtype in (torch.float64, torch.complex128) else w.abs().float()
+    step = step.to(modulus) if isinstance(step, Tensor) else step
+    strength = _soft_threshold(penalty)
+    if strength is None:
+        law = _law(penalty)
+        assert law is not None  # checked in the beginning
+        unit, power = law
+        modulus = (modulus / unit) ** (1 / power)
+    elif isinstance(strength, Tensor):
+        step = step * (strength if strength.ndim == 0 else taken(strength.expand(shape), at)).to(modulus)
+    else:
+        step = step * strength
+    if not isinstance(step, Tensor):
+        return modulus / step if step > 0 else torch.full_like(modulus, math.nan)
+    return torch.where(step > 0, modulus / step, math.nan)
+
+
+def taken(w: Tensor, index: Tensor | None) -> Tensor:
+    """The elements at flat positions, or all of them, as a vector."""
+    if index is None:
+        return w.flatten()
+    return w.view(-1).index_select(0, index) if w.is_contiguous() else torch.take(w, index)
+
+
+def _soft_threshold(penalty: Penalty) -> Strength | None:
+    """λ such that weights up to τ·λ become zero, where that is how the penalty works; None if not, or at 0."""
+    strength = host_scalar(penalty.parts()[0]) if is_shrinkage(penalty) else None  # type: ignore[attr-defined]
+    return strength if isinstance(strength, Tensor) or strength else None
+
+
+def _law(penalty: Penalty) -> tuple[float, float] | None:
+    """(θ, p) such that small steps zero the weights up to θ·step^p, and only those; None if there are none such."""
+    if penalty.is_joint or any(isinstance(s, Tensor) and s.ndim for s in penalty.strengths().values()):
+        return None
+    small = 1e-6
+    try:
+        low, high = (float(penalty.threshold(step)) for step in (small, small * 16))
+        if not (penalty.strengths() and 0 < low < high < math.inf):
+            return None
+        kept = penalty.prox(torch.tensor([0.99 * low, 1.01 * low], dtype=torch.float64), small) != 0
+    except (NotImplementedError, ValueError, TypeError, RuntimeError):
+        return None
+    power = round(math.log(high / low, 16), 9)
+    return (low / small**power, power) if kept.tolist() == [False, True] else None
