@@ -39,7 +39,7 @@ BARS = {
 README_NOTE = (
     "Those of torchreg: the last iterate after training on all 60,000 images and on copies of them that are turned, "
     "scaled and shifted a little, with the run's own dense network as a teacher; recipes chosen on training images "
-    "left out. Those of others as printed in their papers, whose training differs."
+    "left out. Those of others are as printed in their papers."
 )
 
 Result = dict[str, Any]
