@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim.lr_scheduler import StepLR
 
 import torchreg
-from torchreg import L1, RMDA, ElasticNet, ProxSGD, Regularizer
+from torchreg import L1, MCP, RMDA, ElasticNet, ProxSGD, Regularizer
 
 
 @pytest.fixture(autouse=True)
@@ -402,3 +402,19 @@ def test_a_joint_penalty_gets_all_weights_of_its_rule():
     opt = RMDA(params, momentum=0.0, penalty=torchreg.TopK(3, scope="rule"))
     opt.step()
     assert sum(int(torch.count_nonzero(p)) for p in params) == 3
+
+
+def test_a_step_that_has_grown_too_long_for_the_penalty_is_refused_before_any_change():
+    plain, penalised = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [plain]}, {"params": [penalised], "penalty": MCP(0.1, gamma=1.5)}]
+    optimizer = RMDA(groups, lr=0.5, momentum=0.5)
+    for p in (plain, penalised):
+        p.grad = torch.full_like(p, 0.1)
+    for _ in range(3):
+        optimizer.step()
+    before = copy.deepcopy((plain, penalised, optimizer.state_dict()["state"]))
+    with pytest.raises(ValueError, match=r"gamma=1.5 needs step < gamma, got the step 1.53"):
+        optimizer.step()
+    torch.testing.assert_close((plain, penalised, optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    optimizer.restart()
+    optimizer.step()

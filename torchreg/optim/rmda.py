@@ -68,7 +68,8 @@ class RMDA(PenalizedOptimizer):
 
     Raises:
         ValueError: if a hyperparameter is out of range, a group has an unknown key or lists a penalised parameter
-            twice, or a loaded state has other shapes (nothing is changed then).
+            twice, a penalty (MCP, SCAD) refuses so long a step, which grows with t until a `restart`, or a loaded state
+            has other shapes (nothing is changed then).
         TypeError: if a penalty is no `Penalty`, a parameter is of half precision, in which a sum of all gradients has
             no room, or a gradient is sparse (no weight is changed then).
 
@@ -147,8 +148,18 @@ class RMDA(PenalizedOptimizer):
             self._check_group(group)
             chosen.append((group, usable_penalty(group), self._with_gradients(group, i)))
         for group, penalty, params in chosen:
+            if penalty is not None:
+                self._check_steps(group, penalty, params)
+        for group, penalty, params in chosen:
             self._step_group(group, penalty, params)
         return loss
+
+    def _check_steps(self, group: Mapping[str, Any], penalty: Penalty, params: list[Tensor]) -> None:
+        """Raise ``ValueError`` if the penalty refuses the step τ that is next, which grows with t."""
+        lr, scale = _scalar(group["lr"]), _scalar(group["strength_scale"])
+        for t, alpha in {(self.state[p].get("step", 0), self.state[p].get("alpha", 0.0)) for p in params}:
+            root = math.sqrt(t + 1)
+            penalty.check_step(_product((alpha + _product(lr, root)) / root, scale))
 
     def _step_group(self, group: dict[str, Any], penalty: Penalty | None, params: list[Tensor]) -> None:
         for p in params:
