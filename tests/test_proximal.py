@@ -308,6 +308,18 @@ def test_a_step_too_long_for_the_penalty_is_refused_before_any_change():
     opt.step()
 
 
+@pytest.mark.parametrize("scale", [-1.0, torch.tensor(-1.0), "1", torch.ones(2)], ids=str)
+@pytest.mark.parametrize("metric", [None, "identity", lambda opt, group, p: 0.1], ids=["own", "identity", "function"])
+def test_a_strength_scale_that_became_none_is_refused_before_any_change(scale, metric):
+    w = nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    opt = Proximal(SGD([w], lr=0.2), penalty=L1(0.1), metric=metric)
+    opt.param_groups[0]["strength_scale"] = scale
+    with pytest.raises((TypeError, ValueError), match="strength_scale"):
+        opt.step()
+    assert torch.equal(w.detach(), torch.ones(2))
+
+
 def test_complex_weights_need_a_metric_that_keeps_their_parts_together():
     params = parameters(torch.complex64)[:2]
     with pytest.raises(TypeError, match="complex"):

@@ -250,10 +250,32 @@ def test_bad_strength_scales_are_refused_when_given_and_when_moved(scale, kind):
     assert all(q.item() == 1.0 and not opt.state for group in opt.param_groups for q in group["params"])
 
 
+@optimizers
 @pytest.mark.parametrize("scale", ["1", None, True, torch.ones(2), torch.tensor(1)], ids=str)
-def test_what_is_no_strength_scale_is_refused(scale):
+def test_what_is_no_strength_scale_is_refused(case, scale):
     with pytest.raises((TypeError, ValueError), match="strength_scale"):
-        ProxSGD([scalar(1.0)], penalty=L1(0.1), strength_scale=scale)
+        case([scalar(1.0)], penalty=L1(0.1), strength_scale=scale)
+    refused_when_moved(case, "strength_scale", scale)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("betas", (1.0, 0.9)), ("betas", (0.9,)), ("betas", 0.9), ("metric", "identiy"), ("lr", "0.1"), ("lr", -0.1)],
+    ids=str,
+)
+def test_adams_hyperparameters_are_checked_again_when_moved(key, value):
+    refused_when_moved(OPTIMIZERS["ProxAdamW"], key, value)
+
+
+def refused_when_moved(case, key, value):
+    p, q = scalar(1.0, 1.0), scalar(1.0, 1.0)
+    opt = case([p], penalty=L1(0.1))
+    opt.add_param_group({"params": [q]})
+    opt.param_groups[1][key] = value
+    with pytest.raises((TypeError, ValueError), match="beta" if key == "betas" else key):
+        opt.step()
+    assert p.item() == q.item() == 1.0
+    assert not opt.state
 
 
 @optimizers_and_hyperparameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -255,6 +256,10 @@ def read(lr: float | Tensor, group: Mapping[str, Any]) -> float | Tensor:
 
 def scaled_step(group: Mapping[str, Any], gain: float) -> float | Tensor:
     """lr·gain·strength_scale, checked where the host knows it."""
+    if not isinstance(group["lr"], (numbers.Real, Tensor)):
+        raise TypeError(f"Expected `lr` to be a number, got {group['lr']!r}.")
+    if type(group["strength_scale"]) is not float:
+        checked_scale(group["strength_scale"])
     lr, scale = number(group, "lr"), number(group, "strength_scale")
     if isinstance(lr, Tensor) and isinstance(scale, Tensor):
         scale = scale.to(lr.device)

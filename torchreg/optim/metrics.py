@@ -14,7 +14,7 @@ from torchreg.kernels.problem import adam_metric_step
 from torchreg.kernels.rounding import HALF
 from torchreg.optim.base import scaled_step
 from torchreg.optim.gain import sgd_momentum_gain
-from torchreg.optim.groups import check_takes_steps
+from torchreg.optim.groups import check_takes_steps, checked_scale
 from torchreg.penalties import tiles
 from torchreg.penalties.base import Step, checked_step, host_scalar, like
 
@@ -115,6 +115,7 @@ class ProxSteps:
         if group.get("differentiable"):
             raise ValueError(f"Group {index} has a penalty and `differentiable`: ProxSGD and ProxAdamW offer both.")
         if callable(self.metric):
+            checked_scale(group["strength_scale"])
             return
         if "lr" not in group:
             raise ValueError(f"Group {index} has no `lr` to take the penalty's step from: give a function as `metric`.")

@@ -185,7 +185,8 @@ class ProxAdamW(ProximalOptimizer):
         return loss
 
     def _hyperparameters(self, group: Mapping[str, Any]) -> kernels.AdamStep:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = _checked_betas(group["betas"])
+        _check_metric(group)
         penalty = usable_penalty(group)
         if penalty is not None and group["metric"] == "adam":
             check_takes_steps(penalty, "Adam")
@@ -241,14 +242,9 @@ class ProxAdamW(ProximalOptimizer):
             raise ValueError(f"Invalid learning rate: {lr}")
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        if (
-            not isinstance(betas, (tuple, list))
-            or len(betas) != 2
-            or not all(isinstance(beta, (numbers.Real, Tensor)) for beta in betas)
-        ):
-            raise TypeError(f"Expected `betas` to be two numbers in [0, 1), got {betas!r}.")
+        _checked_betas(betas)
         for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
+            if isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
         if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
             raise ValueError("betas must be either both floats or both Tensors")
@@ -259,8 +255,7 @@ class ProxAdamW(ProximalOptimizer):
                 raise ValueError(f"Tensor betas[{i}] must be 1-element")
         if not group["weight_decay"] >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-        if group["metric"] not in METRICS:
-            raise ValueError(f"Expected `metric` to be one of {METRICS}, got {group['metric']!r}.")
+        _check_metric(group)
         check_implementation(group)
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
@@ -273,6 +268,25 @@ class ProxAdamW(ProximalOptimizer):
                         f"A complex parameter of shape {tuple(p.shape)} has a penalty: Adam scales real and imaginary "
                         'parts apart, so use metric="identity" or torch.view_as_real.'
                     )
+
+
+def _check_metric(group: Mapping[str, Any]) -> None:
+    if group["metric"] not in METRICS:
+        raise ValueError(f"Expected `metric` to be one of {METRICS}, got {group['metric']!r}.")
+
+
+def _checked_betas(betas: Any) -> Any:
+    """Return the two numbers, or raise. Tensors are not read."""
+    if (
+        not isinstance(betas, (tuple, list))
+        or len(betas) != 2
+        or not all(isinstance(beta, (numbers.Real, Tensor)) for beta in betas)
+    ):
+        raise TypeError(f"Expected `betas` to be two numbers in [0, 1), got {betas!r}.")
+    for i, beta in enumerate(betas):
+        if not isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    return betas
 
 
 def _counter(p: Tensor, group: Mapping[str, Any]) -> Tensor:
