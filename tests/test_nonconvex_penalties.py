@@ -322,3 +322,12 @@ def test_a_shape_that_is_none_is_refused(make, name, said):
     assert make(5) == make(5.0)
     with pytest.raises(ValueError, match="Expected the fields of"):
         from_dict({"type": type(make(5)).__name__, "strength": 1.0})
+
+
+@every_nonconvex
+def test_the_zeroing_step_is_the_shortest_that_gives_zero(case):
+    penalty = case.penalty()
+    m = torch.logspace(-3, 3, 50, dtype=torch.float64)
+    steps = penalty.zeroing_step(m, float(penalty.strength)) / float(penalty.multiple())
+    assert torch.equal(penalty.prox(m, steps * (1 + 1e-6)), torch.zeros_like(m))
+    assert bool((penalty.prox(m, steps * (1 - 1e-6)) > 0).all())

@@ -11,7 +11,22 @@ import torch
 from torch import nn
 
 import torchreg
-from torchreg import L1, L2, ElasticNet, ProxAdamW, ProxSGD, Regularizer, TargetSparsity, target
+from torchreg import (
+    L0,
+    L1,
+    L2,
+    MCP,
+    SCAD,
+    ElasticNet,
+    LHalf,
+    LogSum,
+    ProxAdamW,
+    Proximal,
+    ProxSGD,
+    Regularizer,
+    TargetSparsity,
+    target,
+)
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import strength_field
 
@@ -300,6 +315,50 @@ def test_a_threshold_that_is_a_power_of_the_strength():
     optimizer.step()
     aim.step()
     assert aim.reached() == {"all": 0.6}
+
+
+CONCAVE = [
+    MCP(1e-3, 3.0),
+    SCAD(1e-3),
+    LogSum(1e-3, 1e-3),
+    LogSum(1e-3, 10.0),
+    LHalf(1e-3),
+    L0(1e-3),
+    MCP(0.1, 3.0).scaled(2.0),
+]
+
+
+@pytest.mark.parametrize("penalty", CONCAVE, ids=str)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_concave_penalties_reach_it_in_adams_metric(penalty, wrapped):
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(2000))
+    group = {"params": [w], "penalty": penalty}
+    optimizer = Proximal(torch.optim.Adam([group], lr=1e-2)) if wrapped else ProxAdamW([group], lr=1e-2)
+    aim = TargetSparsity(optimizer, 0.9, until=5)
+    for _ in range(8):
+        w.grad = torch.randn(2000) * torch.logspace(-4, 0, 2000)
+        optimizer.step()
+        aim.step()
+    assert aim.reached()["all"] == pytest.approx(0.9, abs=1e-3)
+
+
+@pytest.mark.parametrize("penalty", [MCP(1e-3, 3.0), SCAD(1e-3), MCP(1.0, 3.0), SCAD(1.0)], ids=str)
+@pytest.mark.parametrize("make", [ProxSGD, lambda groups, lr: Proximal(torch.optim.SGD(groups, lr=lr))])
+def test_a_step_stays_as_short_as_the_penalty_wants_it(penalty, make):
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(1000))
+    optimizer = make([{"params": [w], "penalty": penalty}], lr=0.1)
+    aim = TargetSparsity(optimizer, 0.6, until=1)
+    w.grad = torch.zeros(1000)
+    optimizer.step()
+    if penalty.strength == 1.0:
+        aim.step()
+        assert aim.reached() == {"all": 0.6}
+        return
+    with pytest.warns(UserWarning, match="MCP and SCAD zero none beyond"):
+        aim.step()
+    assert 0 < aim.reached()["all"] < 0.01
 
 
 # Large models

@@ -17,7 +17,7 @@ from torchreg.monitor.transfer import Transfer, fetch
 from torchreg.optim.groups import checked_scale
 from torchreg.penalties.base import host_scalar
 from torchreg.scales import Scales, checked_count
-from torchreg.zeroing import makes_zeros, taken, zeroing_scale
+from torchreg.zeroing import longest_scale, makes_zeros, taken, zeroing_scale
 
 TOLERANCE = 0.005
 """Half a point: how far from its target a fraction may be without a warning."""
@@ -64,8 +64,9 @@ class TargetSparsity:
     weights. If half a point is missing at ``until`` or later, a warning says so, on CUDA with a delay.
 
     Call ``step()`` after each ``optimizer.step()``; nothing advances inside it. The strengths of the penalties only
-    matter relative to each other. To stop training at the target and refit: `remove`, then `torchreg.freeze_zeros`.
-    Beside it use no schedule for the same groups.
+    matter relative to each other, except of MCP and SCAD, whose steps have a limit: without Adam's metric they zero
+    weights up to γ·λ and (a − 1)·λ at most. To stop training at the target and refit:
+    `remove`, then `torchreg.freeze_zeros`. Beside it use no schedule for the same groups.
 
     Args:
         optimizer: a proximal optimizer, whose penalties make zeros of single weights: L1, Elastic Net and the like.
@@ -216,7 +217,8 @@ class TargetSparsity:
         self._called = True
         for goal in self._goals:
             groups = goal.scales.groups()
-            ratios = self._ratios([point for point in points if any(point.group is group for group in groups)])
+            mine = [point for point in points if any(point.group is group for group in groups)]
+            ratios = self._ratios(mine)
             if ratios is None:
                 continue
             wanted = math.floor(self._wanted(goal, self.last_epoch + 1) * ratios.numel() + 0.5)
@@ -224,6 +226,8 @@ class TargetSparsity:
                 goal.scales.write([0.0] * len(groups))
                 continue
             quantile = torch.kthvalue(ratios, wanted).values * _MARGIN  # NaN comes last
+            for limit in (longest_scale(point.group["penalty"], step) for point in mine for step in point.steps):
+                quantile = quantile.clamp(max=limit.to(quantile) if isinstance(limit, Tensor) else limit)
             old = [torch.as_tensor(scale, device=quantile.device) for scale in goal.scales.read()]
             goal.scales.write([torch.where(quantile.isfinite(), quantile, scale) for scale in old])
 
@@ -280,7 +284,7 @@ class TargetSparsity:
             warnings.warn(
                 f"The target of {goal.fraction:.1%} zeros ({goal.name}) is missed: {reached.item():.1%} at step "
                 f"{self.last_epoch}. Zeros that get no gradient never wake, and weights without one, with a strength "
-                "of 0 or NaN never become zero.",
+                "of 0 or NaN never become zero; MCP and SCAD zero none beyond γ and a − 1 times their strength.",
                 stacklevel=3,
             )
 

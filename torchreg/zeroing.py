@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchreg.penalties import Penalty, Strength
 from torchreg.penalties.base import host_scalar
+from torchreg.penalties.concave import _Concave
 from torchreg.penalties.separable import is_shrinkage
 
 
@@ -18,14 +19,21 @@ def makes_zeros(penalty: Penalty) -> bool:
 
 
 def zeroing_scale(penalty: Penalty, w: Tensor, step: float | Tensor, shape: torch.Size, at: Tensor | None) -> Tensor:
-    """The scale from which on each weight is zero: (|w|/θ)^(1/p)/τ where the threshold is θ·(τ·scale)^p.
+    """The scale from which on each weight is zero.
+
+    That is |w|/(τ·λ) for a soft threshold, what a penalty's ``zeroing_step`` says, and for other penalties
+    (|w|/θ)^(1/p)/τ, where the threshold for small steps is θ·(τ·scale)^p.
 
     ``w`` is the vector of the weights at the positions ``at`` of a parameter of this shape.
     """
     modulus = w.abs() if w.dtype in (torch.float64, torch.complex128) else w.abs().float()
     step = step.to(modulus) if isinstance(step, Tensor) else step
     strength = _soft_threshold(penalty)
-    if strength is None:
+    if isinstance(penalty, _Concave):
+        number, multiple = host_scalar(penalty.strength), host_scalar(penalty.multiple())
+        modulus = penalty.zeroing_step(modulus, number)  # type: ignore[arg-type]  # no tensor: checked in the beginning
+        step = step * multiple
+    elif strength is None:
         law = _law(penalty)
         assert law is not None  # checked in the beginning
         unit, power = law
@@ -37,6 +45,15 @@ def zeroing_scale(penalty: Penalty, w: Tensor, step: float | Tensor, shape: torc
     if not isinstance(step, Tensor):
         return modulus / step if step > 0 else torch.full_like(modulus, math.nan)
     return torch.where(step > 0, modulus / step, math.nan)
+
+
+def longest_scale(penalty: Penalty, step: float | Tensor) -> float | Tensor:
+    """The largest scale at which a penalty takes this step; infinite where it takes any."""
+    step = host_scalar(step)
+    if not isinstance(penalty, _Concave) or (isinstance(step, Tensor) and step.ndim):
+        return math.inf
+    limit, step = penalty.step_limit() * (1 - 1e-6), step * host_scalar(penalty.multiple())
+    return limit / step if isinstance(step, Tensor) or step > 0 else math.inf
 
 
 def taken(w: Tensor, index: Tensor | None) -> Tensor:

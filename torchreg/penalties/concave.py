@@ -54,6 +54,14 @@ class _Concave(Penalty):
     def cut(self, step: Tensor, strength: Tensor) -> Tensor:
         """The largest modulus that ``shrunk`` makes zero, for 0-d tensors."""
 
+    def zeroing_step(self, m: Tensor, strength: float) -> Tensor:
+        """The smallest step from which on ``shrunk`` makes each modulus zero: the inverse of ``cut``."""
+        raise NotImplementedError(f"{self.type_name} does not tell zeroing_step()")
+
+    def step_limit(self) -> float:
+        """What the step has to be below, where the host can read it."""
+        return math.inf
+
     def slope_at_zero(self, strength: Strength) -> Strength:
         """The limit of ρ′(m) as m → 0."""
         return strength

@@ -50,8 +50,11 @@ class MCP(_Folded):
         super().__post_init__()
         object.__setattr__(self, "gamma", checked_number("gamma", self.gamma, "a positive number"))
 
+    def step_limit(self) -> float:  # noqa: D102
+        return self.gamma
+
     def check_step(self, step: float | Tensor) -> None:  # noqa: D102
-        self._check_below(step, self.gamma, f"gamma={self.gamma:g}", "step < gamma")
+        self._check_below(step, self.step_limit(), f"gamma={self.gamma:g}", "step < gamma")
 
     def density(self, m: Tensor, strength: Strength) -> Tensor:  # noqa: D102
         inner = torch.clamp(m, max=representable(self.gamma * strength, m))
@@ -71,6 +74,10 @@ class MCP(_Folded):
 
     def cut(self, step: Tensor, strength: Tensor) -> Tensor:  # noqa: D102
         return torch.where(step < self.gamma, step * strength, self._cut_beyond(step, strength))
+
+    def zeroing_step(self, m: Tensor, strength: float) -> Tensor:  # noqa: D102
+        ratio = m / strength
+        return torch.where(ratio < self.gamma, ratio, ratio * ratio / self.gamma)
 
     def _cut_beyond(self, step: Tensor, strength: Strength) -> Tensor:
         return step**0.5 * (self.gamma**0.5 * strength)
@@ -117,8 +124,11 @@ class SCAD(_Folded):
         super().__post_init__()
         object.__setattr__(self, "a", checked_number("a", self.a, "a number above 1", above=1.0))
 
+    def step_limit(self) -> float:  # noqa: D102
+        return self.a - 1
+
     def check_step(self, step: float | Tensor) -> None:  # noqa: D102
-        self._check_below(step, self.a - 1, f"a={self.a:g}", "step < a − 1")
+        self._check_below(step, self.step_limit(), f"a={self.a:g}", "step < a − 1")
 
     def density(self, m: Tensor, strength: Strength) -> Tensor:  # noqa: D102
         within = torch.clamp(m, max=representable(strength, m))
@@ -142,6 +152,10 @@ class SCAD(_Folded):
 
     def cut(self, step: Tensor, strength: Tensor) -> Tensor:  # noqa: D102
         return torch.where(step < self.a + 1, step * strength, self._switch(step, strength))
+
+    def zeroing_step(self, m: Tensor, strength: float) -> Tensor:  # noqa: D102
+        ratio = m / strength
+        return torch.where(ratio < self.a + 1, ratio, ratio * ratio / (self.a + 1))
 
     def _switch(self, step: Tensor, strength: Strength) -> Tensor:
         """From which modulus on nothing is taken away, for steps beyond a − 1."""
@@ -212,6 +226,19 @@ class LogSum(_Concave):
             low, high = torch.where(above, u, low), torch.where(above, high, u)
         return torch.where(ratio > 1, self.epsilon * (low + ratio / (1 + low)), step * strength)
 
+    def zeroing_step(self, m: Tensor, strength: float) -> Tensor:
+        """εr/λ with r as in `cut` where m > ε, from the root of m = ε(u + r/(1 + u)).
+
+        The right side is concave in u with a slope from 4/3 to 1, so that Newton's method rises to the root.
+        """
+        whole = m.double() / self.epsilon
+        u = 0.75 * (whole - 1).clamp_min(0)
+        for _ in range(5):
+            ratio, slope = _log_ratio(u)
+            u = u + (whole - u - ratio / (1 + u)).clamp_min(0) / (1 + slope / (1 + u) - ratio / (1 + u) ** 2)
+        ratio = torch.where(whole > 1, _log_ratio(u)[0], whole)
+        return (ratio * (self.epsilon / strength)).to(m.dtype)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LHalf(_Concave):
@@ -262,6 +289,9 @@ class LHalf(_Concave):
 
     def cut(self, step: Tensor, strength: Tensor) -> Tensor:  # noqa: D102
         return 1.5 * (step * strength) ** (2 / 3)
+
+    def zeroing_step(self, m: Tensor, strength: float) -> Tensor:  # noqa: D102
+        return (m / 1.5) ** 1.5 / strength
 
     def strength_max(self, grad: Tensor) -> Tensor:
         """Zero: w = 0 is a stationary point at any strength (NaN if the gradient has one)."""
@@ -315,9 +345,22 @@ class L0(_Concave):
     def cut(self, step: Tensor, strength: Tensor) -> Tensor:  # noqa: D102
         return (2 * step * strength) ** 0.5
 
+    def zeroing_step(self, m: Tensor, strength: float) -> Tensor:  # noqa: D102
+        return m * m / (2 * strength)
+
     def strength_max(self, grad: Tensor) -> Tensor:
         """Zero: w = 0 is a stationary point at any strength (NaN if the gradient has one)."""
         return _zero_unless_nan(self._prepared(grad)[0])
+
+
+def _log_ratio(u: Tensor) -> tuple[Tensor, Tensor]:
+    """½u²/(log(1 + u) − u/(1 + u)) and its slope, by their series at 0, where they would be 0/0."""
+    small = u < 1e-4
+    v = torch.where(small, 1, u)
+    below = torch.log1p(v) - v / (1 + v)
+    ratio = v * v / 2 / below
+    slope = v / below - ratio * (v / (1 + v) ** 2) / below
+    return torch.where(small, 1 + 4 / 3 * u, ratio), torch.where(small, 4 / 3, slope)
 
 
 def _hard(m: Tensor, threshold: Strength) -> Tensor:
