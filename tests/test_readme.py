@@ -118,6 +118,21 @@ def test_all_rows_of_the_table_are_checked():
     assert len(CONVERSIONS) == table.count("\n") - 1 >= 9
 
 
+def test_the_quality_page_and_the_readme_quote_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    lenet, settling = map(importlib.import_module, ("lenet", "lenet_settling"))
+    page = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
+    networks, runs = (
+        json.loads((ROOT / "benchmarks/results" / name).read_text(encoding="utf-8"))[key]
+        for name, key in (("lenet-cpu.json", "networks"), ("lenet-settling.json", "runs"))
+    )
+    assert lenet.readme_table(networks) in page
+    assert settling.table(runs) in page
+    for network, compression in (("LeNet-300-100", "100"), ("LeNet-5", "280")):
+        error = networks[network]["compressions"][compression]["mean"]
+        assert f"{network} keeps 1/{compression} of its weights at {error:.2f} % test error" in " ".join(TEXT.split())
+
+
 def test_the_figures_are_the_result_files(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     step = importlib.import_module("step")
