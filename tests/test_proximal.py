@@ -308,6 +308,31 @@ def test_a_step_too_long_for_the_penalty_is_refused_before_any_change():
     opt.step()
 
 
+LONG = {
+    "Adam": lambda groups: Proximal(Adam(groups, lr=0.1)),
+    "RAdam, not rectified yet": lambda groups: Proximal(RAdam(groups, lr=0.1)),
+    "a function": lambda groups: Proximal(SGD(groups, lr=0.1), metric=lambda opt, group, p: 0.1),
+    "ProxAdamW": lambda groups: ProxAdamW(groups, lr=0.1),
+    "ProxAdamW, hooked": lambda groups: hooked(ProxAdamW(groups, lr=0.1)),
+}
+
+
+def hooked(optimizer):
+    optimizer.register_prox_pre_hook(lambda opt, points: None)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("start", [0.01, 0.5])
+@pytest.mark.parametrize("penalty", [torchreg.MCP(0.1, gamma=0.05), torchreg.SCAD(0.1, a=1.05)], ids=str)
+def test_a_long_step_of_a_metric_is_taken_whatever_the_shape(make, start, penalty):
+    weights = [nn.Parameter(torch.full(shape, start)) for shape in ((), (1,), (2, 3))]
+    for w in weights:
+        w.grad = torch.full_like(w, 0.1)
+    make([{"params": weights, "penalty": penalty}]).step()
+    assert {round(value, 6) for w in weights for value in w.flatten().tolist()} == {round(weights[0].item(), 6)}
+
+
 @pytest.mark.parametrize("scale", [-1.0, torch.tensor(-1.0), "1", torch.ones(2)], ids=str)
 @pytest.mark.parametrize("metric", [None, "identity", lambda opt, group, p: 0.1], ids=["own", "identity", "function"])
 def test_a_strength_scale_that_became_none_is_refused_before_any_change(scale, metric):

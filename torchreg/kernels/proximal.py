@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from torchreg.kernels.rounding import HALF, store
@@ -23,14 +24,26 @@ def shrink(
 ) -> None:
     """Overwrite all weights of a rule with their proximal operator, which autograd records if it is ``differentiable``.
 
-    Half-precision weights are computed in float32 and rounded once: stochastically if there are ``seeds``.
+    Half-precision weights are computed in float32 and rounded once: stochastically if there are ``seeds``. Steps that
+    the penalty would refuse are taken as those of a diagonal metric, which it takes at any length.
     """
     computed = [p.float() if p.dtype in HALF else p for p in params]
     if differentiable:
         for w, step in paired(computed, steps):
             w.copy_(penalty.prox(w.clone(), step))
     else:
-        penalty.prox_all_(computed, steps)
+        pairs = [_taken_anyway(penalty, w, step) for w, step in paired(computed, steps)]
+        penalty.prox_all_([w for w, _ in pairs], [step for _, step in pairs])
     for i, (param, w) in enumerate(zip(params, computed, strict=True)):
         if w is not param:
             store(param, w, seeds[i] + _OTHER_STEP if seeds else None)
+
+
+def _taken_anyway(penalty: Penalty, w: Tensor, step: Step) -> tuple[Tensor, Step]:
+    """The weight and its step, which is no longer a number if the penalty refuses that: the weights have moved."""
+    try:
+        penalty.check_step(step)
+    except ValueError:
+        w = w.view(1) if w.ndim == 0 else w
+        return w, torch.as_tensor(step, dtype=w.real.dtype, device=w.device).expand(w.shape)
+    return w, step
