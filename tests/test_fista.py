@@ -374,6 +374,9 @@ def test_a_closure_without_backward_or_loss():
     [
         ({"lr": 0.0}, ValueError),
         ({"lr": "fast"}, TypeError),
+        ({"lr": torch.ones(2)}, ValueError),
+        ({"backtracking": "no"}, TypeError),
+        ({"restart": 0}, TypeError),
         ({"max_iter": 0}, ValueError),
         ({"max_iter": 2.5}, TypeError),
         ({"tolerance_kkt": -1.0}, ValueError),

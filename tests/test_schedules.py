@@ -403,6 +403,11 @@ def test_milestones_fit_the_schedules():
     for milestones in ([], [1, 2], [0]):
         with pytest.raises(ValueError, match="milestones"):
             SequentialStrength(reg, parts, milestones)
+    for milestones in (1, "1", None, [1.5]):
+        with pytest.raises(TypeError, match="milestones"):
+            SequentialStrength(reg, parts, milestones)
+    with pytest.raises(ValueError, match="at least one schedule, got none"):
+        SequentialStrength(reg, [], [])
     with pytest.raises(ValueError, match="increase"):
         SequentialStrength(reg, [*parts, parts[0]], [3, 3])
 

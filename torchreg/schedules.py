@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchreg.scales import Groups, Scales, checked_count, checked_number
@@ -319,10 +319,12 @@ class SequentialStrength(_Combined):
     """
 
     def __init__(self, optimizer: Any, schedulers: Sequence[StrengthScheduler], milestones: Sequence[int]) -> None:
+        if isinstance(milestones, str) or not isinstance(milestones, Iterable):
+            raise TypeError(f"Expected `milestones` to be a list of integers, got {milestones!r}.")
         steps = [checked_count("milestones", step, least=1) for step in milestones]
         if any(b <= a for a, b in itertools.pairwise(steps)):
             raise ValueError(f"Expected `milestones` to increase, got {steps}.")
-        if isinstance(schedulers, Sequence) and len(steps) != len(schedulers) - 1:
+        if isinstance(schedulers, Sequence) and len(schedulers) and len(steps) != len(schedulers) - 1:
             raise ValueError(f"Expected {len(schedulers) - 1} milestones for {len(schedulers)}, got {len(steps)}.")
         self.milestones = steps
         super().__init__(optimizer, schedulers)

@@ -182,6 +182,11 @@ class FISTA(PenalizedOptimizer):
             value = group[key]
             if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
                 raise TypeError(f"Expected `{key}` to be a number, got {value!r}.")
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"Expected `{key}` to be a number, got a tensor of shape {tuple(value.shape)}.")
+        for key in ("backtracking", "restart"):
+            if not isinstance(group[key], bool):
+                raise TypeError(f"Expected `{key}` to be True or False, got {group[key]!r}.")
         if not (group["lr"] > 0 and math.isfinite(group["lr"])):
             raise ValueError(f"Invalid learning rate: {group['lr']}; FISTA needs a positive one to begin with.")
         if not group["tolerance_kkt"] >= 0:
