@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
-from torchreg import L1, ElasticNet, ProxSGD, Regularizer
+from torchreg import L1, ElasticNet, ProxAdamW, ProxSGD, Regularizer
 
 
 def saved(state: Any) -> Any:
@@ -183,6 +184,31 @@ def test_a_checkpoint_of_torch_sgd_loads_and_keeps_the_penalty(kwargs):
             [opt.state[p]["momentum_buffer"] for p in params], [theirs.state[p]["momentum_buffer"] for p in params]
         )
     opt.step()
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("exp_avg_sq", None, "lacks 'exp_avg_sq'"),
+        ("step", None, "lacks 'step'"),
+        ("step", torch.ones(3), r"got \(3,\)"),
+        ("step", torch.tensor(-5.0), r"got -5.0"),
+        ("step", math.nan, "got nan"),
+    ],
+)
+def test_a_state_that_is_not_adams_is_refused_and_changes_nothing(entry, value, said, fused):
+    params = parameters()[:2]
+    opt = ProxAdamW(params, lr=0.1, penalty=L1(0.1), fused=fused)
+    opt.step()
+    state = copy.deepcopy(opt.state_dict())
+    state["state"][1][entry] = value
+    if value is None:
+        del state["state"][1][entry]
+    before = copy.deepcopy(opt.state_dict()["state"])
+    with pytest.raises(ValueError, match=rf"loaded .* parameter 1 of group 0.* {said}"):
+        opt.load_state_dict(state)
+    torch.testing.assert_close(opt.state_dict()["state"], before, rtol=0, atol=0)
 
 
 def test_a_momentum_buffer_that_was_none_starts_anew():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -153,6 +154,9 @@ class ProxAdamW(ProximalOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `ProximalOptimizer`; step counters that are numbers become tensors, as in torch."""
+        for i, group in enumerate(state["param_groups"]):
+            for position, p in enumerate(group["params"]):
+                _check_entries(state["state"].get(p) if isinstance(p, Tensor) else None, f"{position} of group {i}")
         super().__setstate__(state)
         for group in self.param_groups:
             for p in group["params"]:
@@ -268,6 +272,24 @@ class ProxAdamW(ProximalOptimizer):
                         f"A complex parameter of shape {tuple(p.shape)} has a penalty: Adam scales real and imaginary "
                         'parts apart, so use metric="identity" or torch.view_as_real.'
                     )
+
+
+def _check_entries(entries: Any, which: str) -> None:
+    """Raise unless the loaded state of a parameter is Adam's, or none."""
+    if not entries:
+        return
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entries]
+    if missing:
+        raise ValueError(
+            f"The loaded state of parameter {which} lacks {', '.join(map(repr, missing))}: it is of another optimizer."
+        )
+    step = entries["step"]
+    if not isinstance(step, (numbers.Real, Tensor)):
+        raise TypeError(f"Expected the loaded 'step' of parameter {which} to be a number, got {type(step).__name__}.")
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise ValueError(f"Expected the loaded 'step' of parameter {which} to be a number, got {tuple(step.shape)}.")
+    if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(step) < math.inf:
+        raise ValueError(f"Expected the loaded 'step' of parameter {which} to be 0 or more, got {float(step)}.")
 
 
 def _check_metric(group: Mapping[str, Any]) -> None:
