@@ -585,7 +585,7 @@ def test_what_is_no_step_is_refused(case, step, error, said):
 @pytest.mark.parametrize(
     ("data", "error", "said"),
     [
-        ({"type": "L7"}, ValueError, "Expected the penalty type to be one of ['Box', 'ElasticNet', 'L0', 'L1'"),
+        ({"type": "L7"}, ValueError, "Expected the penalty type to be one of ['Box', 'ElasticNet', 'GroupLasso', 'L0'"),
         ({"strength": 1.0}, ValueError, "got None"),
         ({"type": "L1"}, ValueError, "Expected the fields of L1 to be ['strength'], got []"),
         ({"type": "L1", "l1": 1.0}, ValueError, "got ['l1']"),

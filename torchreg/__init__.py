@@ -1,11 +1,25 @@
 """torchreg: L1, L2, Elastic Net and exact zeros for any PyTorch module."""
 
-from torchreg import penalties, rules, schedules
+from torchreg import groups, penalties, rules, schedules
 from torchreg.factorization import defactorize, factorize
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
 from torchreg.optim import FISTA, RMDA, ProxAdamW, Proximal, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
-from torchreg.penalties import L0, L1, L2, MCP, SCAD, Box, ElasticNet, LHalf, LogSum, NonNegative, TopK
+from torchreg.penalties import (
+    L0,
+    L1,
+    L2,
+    MCP,
+    SCAD,
+    Box,
+    ElasticNet,
+    GroupLasso,
+    LHalf,
+    LogSum,
+    NonNegative,
+    SparseGroupLasso,
+    TopK,
+)
 from torchreg.regularizer import Regularizer
 from torchreg.support import freeze_zeros, thaw
 from torchreg.target import TargetSparsity
@@ -21,6 +35,7 @@ __all__ = [
     "SCAD",
     "Box",
     "ElasticNet",
+    "GroupLasso",
     "LHalf",
     "LogSum",
     "NonNegative",
@@ -28,6 +43,7 @@ __all__ = [
     "ProxSGD",
     "Proximal",
     "Regularizer",
+    "SparseGroupLasso",
     "SparsityMonitor",
     "SparsityReport",
     "TargetSparsity",
@@ -35,6 +51,7 @@ __all__ = [
     "defactorize",
     "factorize",
     "freeze_zeros",
+    "groups",
     "kkt_residual",
     "penalties",
     "rules",

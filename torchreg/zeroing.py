@@ -71,7 +71,8 @@ def _soft_threshold(penalty: Penalty) -> Strength | None:
 
 def _law(penalty: Penalty) -> tuple[float, float] | None:
     """(θ, p) such that small steps zero the weights up to θ·step^p, and only those; None if there are none such."""
-    if penalty.is_joint or any(isinstance(s, Tensor) and s.ndim for s in penalty.strengths().values()):
+    per_weight = any(isinstance(s, Tensor) and s.ndim for s in penalty.strengths().values())
+    if penalty.is_joint or penalty.is_grouped or per_weight:
         return None
     small = 1e-6
     try:

@@ -4,6 +4,7 @@ from torchreg.penalties.base import Penalty, Step, Strength, from_dict
 from torchreg.penalties.constraints import Box, NonNegative, TopK
 from torchreg.penalties.nonconvex import L0, MCP, SCAD, LHalf, LogSum
 from torchreg.penalties.separable import L1, L2, ElasticNet, soft_threshold
+from torchreg.penalties.structured import GroupLasso, SparseGroupLasso
 
 __all__ = [
     "L0",
@@ -13,10 +14,12 @@ __all__ = [
     "SCAD",
     "Box",
     "ElasticNet",
+    "GroupLasso",
     "LHalf",
     "LogSum",
     "NonNegative",
     "Penalty",
+    "SparseGroupLasso",
     "Step",
     "Strength",
     "TopK",

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from torchreg.groups import Groups
+
 Strength = float | Tensor
 """A non-negative float, a 0-d tensor, or a tensor that broadcasts to the weight."""
 
@@ -209,6 +211,11 @@ class Penalty(ABC):
         """Raise ``ValueError`` where `prox` refuses so long a step. A device's tensor is not read, and passes."""
 
     @property
+    def is_grouped(self) -> bool:
+        """Whether the weights of a tensor become zero group by group, so that no modulus tells which of them do."""
+        return False
+
+    @property
     def is_joint(self) -> bool:
         """Whether the weights of a rule act on each other, so that they must be given to `prox_all_` together."""
         return False
@@ -281,18 +288,20 @@ class Penalty(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings and tensors only: safe for ``torch.load(weights_only=True)``."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"type": self.type_name, **{k: v.detach() if isinstance(v, Tensor) else v for k, v in fields.items()}}
+        return {"type": self.type_name, **{name: _plain(value) for name, value in self._fields().items()}}
+
+    def _fields(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = self._fields(), other._fields()
         return all(_same(mine[k], theirs[k]) for k in mine)
 
     def __hash__(self) -> int:
-        plain = (tuple(v.shape) if isinstance(v, Tensor) else v for v in self.to_dict().values())
-        return hash(tuple(plain))
+        plain = (tuple(v.shape) if isinstance(v, Tensor) else v for v in self._fields().values())
+        return hash((self.type_name, *plain))
 
 
 def from_dict(data: Mapping[str, Any]) -> Penalty:
@@ -317,6 +326,12 @@ def from_dict(data: Mapping[str, Any]) -> Penalty:
     if set(fields) != expected:
         raise ValueError(f"Expected the fields of {name} to be {sorted(expected)}, got {sorted(map(str, fields))}.")
     return cls(**fields)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Groups):
+        return value.to_dict()
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _same(a: Any, b: Any) -> bool:

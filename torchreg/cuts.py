@@ -1,0 +1,122 @@
+"""A weight cut into groups: their sums, norms and maxima, all groups at once and without copies of the weight."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_LONG = 1 << 16
+"""Weights of a group up to which torch's norm is exact to a few units in the last place of float32 on a CPU."""
+
+
+class Cut(ABC):
+    """Groups of a weight of a known shape.
+
+    Values of groups are vectors with one entry for each. Sums and maxima are taken of tensors that are `arranged`, and
+    `spread` values broadcast to those.
+
+    Attributes:
+        count: the number of groups.
+        sizes: the number of weights in each: an int where all are alike, else an int64 vector.
+    """
+
+    count: int
+    sizes: int | Tensor
+
+    @abstractmethod
+    def arranged(self, x: Tensor) -> Tensor:
+        """A view of ``x``, of the weight's shape, in which the groups are told apart by dimensions."""
+
+    @abstractmethod
+    def sums(self, y: Tensor) -> Tensor:
+        """The sum of each group of an arranged tensor."""
+
+    @abstractmethod
+    def maxima(self, y: Tensor) -> Tensor:
+        """The largest of each group of an arranged tensor without negative entries; there are no empty groups."""
+
+    @abstractmethod
+    def norms(self, y: Tensor) -> Tensor:
+        """‖y‖₂ of each group of an arranged tensor, real; its derivative at a zero group is zero."""
+
+    @abstractmethod
+    def spread(self, values: Tensor) -> Tensor:
+        """The value of each group at all its weights: a tensor that broadcasts to arranged ones."""
+
+
+class _Grid(Cut):
+    """Groups that are told apart by the ``kept`` dimensions of a view of the ``shape``."""
+
+    def __init__(self, shape: tuple[int, ...], kept: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.inner = [dim for dim in range(len(shape)) if dim not in kept]
+        self.grid = tuple(size if dim in kept else 1 for dim, size in enumerate(shape))
+        self.count = math.prod(self.grid)
+        self.sizes = math.prod([shape[dim] for dim in self.inner])
+
+    def arranged(self, x: Tensor) -> Tensor:
+        return x if x.shape == self.shape else x.view(self.shape)
+
+    def sums(self, y: Tensor) -> Tensor:
+        return (y.sum(self.inner) if self.inner else y).reshape(-1)
+
+    def maxima(self, y: Tensor) -> Tensor:
+        return (y.amax(self.inner) if self.inner else y).reshape(-1)
+
+    def norms(self, y: Tensor) -> Tensor:
+        if not self.inner:
+            return y.abs().reshape(-1)
+        if isinstance(self.sizes, int) and self.sizes <= _LONG and _along_memory(y, self.inner):
+            return torch.linalg.vector_norm(y, dim=self.inner).reshape(-1)
+        return _root(self.sums(_squares(y)))  # torch's norm is slow across memory, and inexact for many weights
+
+    def spread(self, values: Tensor) -> Tensor:
+        return values.reshape(self.grid)
+
+
+class _Labelled(Cut):
+    """Groups by labels of as many dimensions as the weight, which broadcast to it."""
+
+    def __init__(self, shape: tuple[int, ...], labels: Tensor, sizes: Tensor) -> None:
+        self.labels = labels
+        self.inner = [dim for dim, size in enumerate(shape) if labels.shape[dim] != size]
+        self.count = len(sizes)
+        self.sizes = sizes * math.prod([shape[dim] for dim in self.inner])
+
+    def arranged(self, x: Tensor) -> Tensor:
+        return x
+
+    def sums(self, y: Tensor) -> Tensor:
+        partial = y.sum(self.inner, keepdim=True) if self.inner else y
+        return partial.new_zeros(self.count).index_add(0, self._index(y), partial.reshape(-1))
+
+    def maxima(self, y: Tensor) -> Tensor:
+        partial = y.amax(self.inner, keepdim=True) if self.inner else y
+        return partial.new_zeros(self.count).scatter_reduce(0, self._index(y), partial.reshape(-1), "amax")
+
+    def norms(self, y: Tensor) -> Tensor:
+        return _root(self.sums(_squares(y)))
+
+    def spread(self, values: Tensor) -> Tensor:
+        return values[self.labels.to(values.device)]
+
+    def _index(self, y: Tensor) -> Tensor:
+        return self.labels.reshape(-1).to(y.device)
+
+
+def _squares(y: Tensor) -> Tensor:
+    return (y * y.conj()).real if y.is_complex() else y * y
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root, whose derivative is taken to be zero at zero."""
+    return torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).sqrt())
+
+
+def _along_memory(y: Tensor, dims: Sequence[int]) -> bool:
+    """Whether neighbours in memory are of the same slice."""
+    return any(y.stride(dim) == 1 for dim in dims if y.shape[dim] > 1)
