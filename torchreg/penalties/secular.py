@@ -64,9 +64,10 @@ def _roots(cut: Cut, u: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     low = torch.where(alive, low.clamp(least, 1), 1)
     high, root = torch.ones_like(low), low
     settled = ~alive
-    stoppable = u.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    scratch = (torch.empty_like(b), torch.empty_like(u)) if eager else None
     for _ in range(ITERATIONS):
-        s, newton = _newton(cut, u, b, root)
+        s, newton = _newton(cut, u, b, root, scratch)
         newton = newton.clamp(least, 1)
         high = torch.where(s < 1, torch.minimum(high, root), high)
         low = torch.maximum(low, torch.minimum(newton, high))
@@ -75,14 +76,19 @@ def _roots(cut: Cut, u: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         is_near = (s - 1).abs() <= near
         root = torch.where(settled, root, torch.where(is_near, newton, bisected))
         settled = settled | is_near
-        if stoppable and bool(settled.all()):
+        if eager and u.device.type == "cpu" and bool(settled.all()):
             break
     return root, alive
 
 
-def _newton(cut: Cut, u: Tensor, b: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+def _newton(
+    cut: Cut, u: Tensor, b: Tensor, root: Tensor, scratch: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """S at ``root``, and where Newton's method on 1/√S = 1 goes from there."""
-    shifted = b + cut.spread(root)
-    terms = (u / shifted).square()
-    s, slope = cut.sums(terms), cut.sums(terms / shifted)
+    first, second = scratch or (None, None)
+    shifted = torch.add(b, cut.spread(root), out=first)
+    terms = torch.div(u, shifted, out=second)
+    terms = torch.mul(terms, terms, out=second)
+    s = cut.sums(terms)
+    slope = cut.sums(torch.div(terms, shifted, out=second))
     return s, root + s * (s.sqrt() - 1) / torch.where(slope > 0, slope, 1)

@@ -108,6 +108,17 @@ class _Grouped(Penalty):
             return w.clone()
         return self._shrunk(r, step).to(w.dtype) + 0 if r.x is not w else self._shrunk(r, step)
 
+    @torch.no_grad()
+    def prox_(self, w: Tensor, step: Step = 1.0) -> Tensor:
+        r = self._prepared(w)
+        step = checked_step(step, r.x)
+        alone = _is_zero(r.l1) and not _is_zero(r.group) and (not isinstance(step, Tensor) or step.ndim == 0)
+        if r.x is not w or w.is_complex() or not alone or w.numel() == 0 or _is_zero(step):
+            return w.copy_(self.prox(w, step))
+        y = r.cut.arranged(w)
+        y.mul_(r.cut.spread(self._ratios(r, y, step))).add_(0)
+        return w
+
     def optimality_residual(self, w: Tensor, grad: Tensor) -> Tensor:
         """The moduli of the least-norm element of ∇f + ∂R, which is one vector for each group."""
         r = self._prepared(w)
@@ -169,18 +180,23 @@ class _Grouped(Penalty):
         if isinstance(step, Tensor) and step.numel() == 1:
             step = step.reshape(())
         y = r.x if _is_zero(r.l1) else soft_threshold(r.x, r.l1 * step)
-        y, divisor = r.cut.arranged(y), 1.0 if _is_zero(r.l2) else 1 + 2 * r.l2 * step
+        y = r.cut.arranged(y)
         if not isinstance(step, Tensor) or step.ndim == 0:
-            ratio = r.cut.spread(_ratios(r.cut.norms(y), r.group * step) / divisor)
+            ratio = r.cut.spread(self._ratios(r, y, step))
         else:
             group = r.cut.spread(r.group) if isinstance(r.group, Tensor) and r.group.ndim else r.group
-            a, m = r.cut.arranged(step.expand(r.x.shape)) * group, y.abs()
-            if isinstance(divisor, Tensor):
-                divisor = r.cut.arranged(divisor.expand(r.x.shape))
-                a, m = a / divisor, m / divisor
-            ratio = secular.ratios(r.cut, m, a)
-            ratio = ratio / divisor if isinstance(divisor, Tensor) else ratio
+            tau = r.cut.arranged(step.expand(r.x.shape))
+            if _is_zero(r.l2):
+                ratio = secular.ratios(r.cut, y.abs(), tau * group)
+            else:
+                divisor = 1 + 2 * r.l2 * tau
+                ratio = secular.ratios(r.cut, y.abs() / divisor, tau * group / divisor) / divisor
         return _times(y, ratio).reshape(r.x.shape)
+
+    def _ratios(self, r: _Ready, y: Tensor, step: Step) -> Tensor:
+        """What each group of the soft-thresholded weight is multiplied by, with one step for all."""
+        left = _left(r.cut.norms(y), r.group * step)
+        return left if _is_zero(r.l2) else left / (1 + 2 * r.l2 * step)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -298,7 +314,7 @@ class SparseGroupLasso(_Grouped):
         return torch.where(torch.isnan(norms), norms, high).max()
 
 
-def _ratios(norms: Tensor, threshold: float | Tensor) -> Tensor:
+def _left(norms: Tensor, threshold: float | Tensor) -> Tensor:
     """1 − threshold/norm, and 0 where that is not positive; 1 where the norm is infinite, or both are 0."""
     threshold = representable(threshold, norms)
     zero = (norms <= threshold) & (threshold > 0)
@@ -309,5 +325,5 @@ def _ratios(norms: Tensor, threshold: float | Tensor) -> Tensor:
 def _times(y: Tensor, ratio: Tensor) -> Tensor:
     """``y·ratio`` with +0.0 for zero; the parts of complex numbers each by itself, since inf·(1 + 0i) has NaN in it."""
     if not y.is_complex():
-        return torch.addcmul(y.new_zeros(()), y, ratio)
+        return (y * ratio).add_(0)
     return torch.complex(y.real * ratio + 0, y.imag * ratio + 0)
