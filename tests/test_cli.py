@@ -125,6 +125,7 @@ def test_a_terminal_sees_a_progress_bar_and_an_interrupt_ends_quietly(tmp_path):
         ],
         stdout=subprocess.PIPE,
         stderr=child,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits that it is ignored
     )
     os.close(child)
     seen = b""
