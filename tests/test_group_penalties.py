@@ -232,6 +232,22 @@ def test_the_secular_equation_is_solved_to_rounding_whatever_the_spread_of_steps
     assert (objective(v) <= objective(exact) * (1 + 50 * eps)).all()
 
 
+def test_the_secular_equation_is_solved_where_newton_alone_would_crawl():
+    """A weight that is nearly kept and one that is nearly lost, twelve orders of magnitude apart: 1/√S has a bend."""
+    w = torch.tensor([[1.1e-12, 1.0]], dtype=F64)
+    a = torch.tensor([[1e-12, 1 + 1e-8]], dtype=F64)
+    v = w * secular.ratios(as_groups("rows").of(w.shape), w, a)
+    torch.testing.assert_close((v - w) / a, -v / v.norm(), rtol=0, atol=1e-8)
+
+
+def test_a_threshold_of_zero_keeps_weights_whose_squares_underflow():
+    w = torch.full(SHAPE, 1e-30)
+    learned = torch.tensor(0.0, requires_grad=True)
+    for penalty in (GroupLasso(learned), SparseGroupLasso(0.0, learned, l2=learned)):
+        for step in (1.0, torch.ones(SHAPE)):
+            assert torch.equal(penalty.prox(w, step), w)
+
+
 def test_where_a_group_becomes_zero_is_exact_in_a_diagonal_metric():
     w, tau = some(1, 6), steps(1, 6)
     edge = (w / tau).norm().item()  # of λ
@@ -371,7 +387,7 @@ def test_grad_is_a_subgradient_everywhere(make, kind):
 
 @every_kind
 def test_prox_has_derivatives_of_second_order(kind):
-    w, tau = (2 * some(2, 6)).requires_grad_(), steps(2, 6, spread=0.3).mul(0.3).requires_grad_()
+    w, tau = (2 * some(2, 6)).requires_grad_(), steps(2, 6).mul(0.2).requires_grad_()
     one = torch.tensor(0.3, dtype=F64, requires_grad=True)
     strengths = [torch.tensor(s, dtype=F64, requires_grad=True) for s in (0.3, 0.4, 0.2)]
 
@@ -599,3 +615,25 @@ def test_prox_compiles_to_one_graph(make):
     compiled = torch.compile(lambda w, t: penalty.prox(w, t), backend="eager", fullgraph=True)
     for step in (torch.tensor(0.7, dtype=F64), tau):
         torch.testing.assert_close(compiled(w, step), penalty.prox(w, step))
+
+
+@every_penalty
+@every_kind
+def test_nothing_is_read_on_the_host_beside_a_device(make, kind):
+    w, tau = torch.empty(SHAPE, device="meta"), torch.empty(SHAPE, device="meta")  # which holds nothing to be read
+    penalty = make(groups=kind).to("meta").scaled(torch.ones((), device="meta"))
+    for step in (0.7, torch.empty((), device="meta"), tau):
+        assert penalty.prox(w, step).shape == penalty.prox_(w, step).shape == SHAPE
+    assert penalty.grad(w).shape == penalty.optimality_residual(w, w).shape == SHAPE
+    assert penalty.value(w).shape == torch.as_tensor(penalty.threshold(tau[0, 0])).shape == ()
+
+
+@every_penalty
+@every_kind
+def test_prox_and_value_can_be_vectorised_over_a_batch(make, kind):
+    penalty, batch = make(groups=kind), some(3, *SHAPE)
+    tau = steps(3, *SHAPE)
+    for method, args in ((penalty.value, ()), (penalty.grad, ()), (lambda w, t: penalty.prox(w, t), (tau,))):
+        together = torch.func.vmap(method)(batch, *args)
+        for i in range(3):
+            torch.testing.assert_close(together[i], method(batch[i], *(a[i] for a in args)))
