@@ -35,8 +35,9 @@ README_ROWS = {
     "`ProxSGD`, L1": "ProxSGD L1, fused",
     "`ProxSGD`, Elastic Net": "ProxSGD Elastic Net, fused",
     "`SGD(fused=True)`, then `softshrink` in place": "SGD fused + softshrink in place",
-    "`SGD`, then `sign·clamp(abs(w) − t)`": "SGD + sign·clamp(|w| − t)",
     "`torchao.prototype.pat`, lasso": contenders.PAT,
+    "`AdamW(fused=True)`": adam_contenders.BASELINE,
+    "`ProxAdamW`, L1": adam_contenders.FUSED[0],
     "added by L1 in the loss: by hand": contenders.BY_HAND,
     "added by L1 in the loss: `Regularizer`": contenders.LOSS_TERM,
 }
