@@ -6,7 +6,8 @@ from torch.optim.adam import adam
 
 from torchreg.kernels.problem import AdamStep, AdamTensors
 from torchreg.kernels.proximal import shrink
-from torchreg.kernels.rounding import HALF, store
+from torchreg.kernels.rounding import store
+from torchreg.penalties.base import HALF
 
 
 def prox_adam(tensors: AdamTensors, step: AdamStep, foreach: bool | None) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor
 from torchreg.kernels import reference, tiled
 from torchreg.kernels.penalties import shrinkage
 from torchreg.kernels.problem import SGDStep, SGDTensors
-from torchreg.kernels.rounding import HALF
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import representable
+from torchreg.penalties.base import HALF, representable
 
 
 def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:

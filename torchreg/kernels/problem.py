@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import Step, like
+from torchreg.penalties.base import Step, arithmetic, like
 
 Number = float | Tensor
 
@@ -218,7 +218,7 @@ class Update:
 
 def adam_metric_step(prox_step: Number, exp_avg_sq: Tensor, step: Tensor, beta2: Number, eps: float) -> Tensor:
     """``prox_step/(√v̂ + ε)`` for each coordinate, with v̂ = v/(1 − β₂^t)."""
-    v = exp_avg_sq.float() if exp_avg_sq.dtype in (torch.float16, torch.bfloat16) else exp_avg_sq
+    v = arithmetic(exp_avg_sq)
     on_host = step.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(beta2, Tensor)
     correction = (1 - beta2 ** float(step)) ** 0.5 if on_host else like((1 - beta2 ** step.double()).sqrt(), v)
     return like(prox_step, v) / (v.sqrt() / correction + eps)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchreg.kernels.rounding import HALF, store
+from torchreg.kernels.rounding import store
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import Step, paired
+from torchreg.penalties.base import Step, arithmetic, paired
 
 _OTHER_STEP = 0x5BD1E995
 """Tells the seeds of this rounding from those of the descent."""
@@ -27,7 +27,7 @@ def shrink(
     Half-precision weights are computed in float32 and rounded once: stochastically if there are ``seeds``. Steps that
     the penalty would refuse are taken as those of a diagonal metric, which it takes at any length.
     """
-    computed = [p.float() if p.dtype in HALF else p for p in params]
+    computed = [arithmetic(p) for p in params]
     if differentiable:
         for w, step in paired(computed, steps):
             w.copy_(penalty.prox(w.clone(), step))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels.problem import SGDStep, SGDTensors
-from torchreg.kernels.rounding import HALF, store
-from torchreg.penalties.base import host_scalar, like
+from torchreg.kernels.rounding import store
+from torchreg.penalties.base import HALF, host_scalar, like
 
 
 def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:

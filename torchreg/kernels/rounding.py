@@ -7,8 +7,6 @@ from torch import Tensor
 
 from torchreg.penalties.tiles import is_dense
 
-HALF = (torch.float16, torch.bfloat16)
-
 _MASK = 0xFFFFFFFF
 
 

@@ -8,9 +8,8 @@ from torch import Tensor
 from torchreg.kernels import reference
 from torchreg.kernels.penalties import shrinkage
 from torchreg.kernels.problem import SGDStep, SGDTensors
-from torchreg.kernels.rounding import HALF
 from torchreg.penalties import tiles
-from torchreg.penalties.base import representable
+from torchreg.penalties.base import HALF, representable
 
 
 def prox_sgd(tensors: SGDTensors, step: SGDStep) -> None:

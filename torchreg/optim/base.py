@@ -15,12 +15,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from torchreg import kernels
-from torchreg.kernels.rounding import HALF
 from torchreg.optim.groups import checked_penalty, checked_scale
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.optim.preview import previewed
 from torchreg.penalties import L1
-from torchreg.penalties.base import Step, host_scalar
+from torchreg.penalties.base import HALF, Step, host_scalar
 from torchreg.penalties.separable import is_shrinkage
 
 _UNSHRUNK = L1(0.0)

@@ -15,6 +15,7 @@ from torchreg.optim.composite import Composite, Point, difference
 from torchreg.optim.groups import checked_penalty, checked_scale
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.penalties import Penalty
+from torchreg.penalties.base import HALF
 
 _SLACK = 1.1
 """How far beyond 1/L a step may go while the objective falls; proximal gradient itself converges below 2/L."""
@@ -200,7 +201,7 @@ class FISTA(PenalizedOptimizer):
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         for p in group["params"]:
-            if p.dtype in (torch.float16, torch.bfloat16):
+            if p.dtype in HALF:
                 raise TypeError(
                     f"A parameter of shape {tuple(p.shape)} is of {p.dtype}: FISTA compares losses and gradients that "
                     "differ by little, so use float32 or float64."

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from torchreg.kernels.problem import adam_metric_step
-from torchreg.kernels.rounding import HALF
 from torchreg.optim.base import scaled_step
 from torchreg.optim.gain import sgd_momentum_gain
 from torchreg.optim.groups import check_takes_steps, checked_scale
 from torchreg.penalties import tiles
-from torchreg.penalties.base import Step, checked_step, host_scalar, like
+from torchreg.penalties.base import HALF, Step, arithmetic, checked_step, host_scalar, like
 
 Metric = Callable[[Optimizer, dict[str, Any], Tensor], Step]
 """A metric of the user's own: from (optimizer, param group, parameter), after the optimizer's step, to τ."""
@@ -174,7 +173,7 @@ def _nadam(state: _State, group: _State, lr: Step) -> Step:
 def _radam(state: _State, group: _State, lr: Step) -> Step:
     """lr·r_t·√(1−β₂^t)/(√v + ε) with the rectification r_t, and lr as long as there is none (ρ_t ≤ 5)."""
     _, beta2 = group["betas"]
-    t, v = host_scalar(state["step"]), _computed(state["exp_avg_sq"])
+    t, v = host_scalar(state["step"]), arithmetic(state["exp_avg_sq"])
     correction = 1 - beta2**t
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * t * beta2**t / correction
@@ -187,23 +186,23 @@ def _radam(state: _State, group: _State, lr: Step) -> Step:
 
 def _rmsprop(state: _State, group: _State, lr: Step) -> Step:
     """lr·G/(√v + ε), and √(v − ḡ²) if centered."""
-    v = _computed(state["square_avg"])
+    v = arithmetic(state["square_avg"])
     if group["centered"]:
-        mean = _computed(state["grad_avg"])
+        mean = arithmetic(state["grad_avg"])
         v = v.addcmul(mean, mean, value=-1)
     return like(lr, v) / (v.sqrt() + group["eps"])
 
 
 def _adagrad(state: _State, group: _State, lr: Step) -> Step:
     """lr/(1 + (t−1)·lr_decay)/(√Σg² + ε)."""
-    total = _computed(state["sum"])
+    total = arithmetic(state["sum"])
     decay = 1.0 if group["lr_decay"] == 0 else 1 + (host_scalar(state["step"]) - 1) * group["lr_decay"]
     return like(_times(lr, 1 / decay), total) / (total.sqrt() + group["eps"])
 
 
 def _adamax(state: _State, group: _State, lr: Step) -> Step:
     """lr/u, where u is the decaying maximum of |g| + ε."""
-    largest = _computed(state["exp_inf"])
+    largest = arithmetic(state["exp_inf"])
     return like(lr, largest) / largest
 
 
@@ -214,10 +213,6 @@ def _times(lr: Step, factor: float | Tensor) -> Step:
 
 def _counted(step: Any) -> Tensor:
     return step if isinstance(step, Tensor) else torch.tensor(float(step))
-
-
-def _computed(buffer: Tensor) -> Tensor:
-    return buffer.float() if buffer.dtype in HALF else buffer
 
 
 def _no_gain(group: _State) -> float:

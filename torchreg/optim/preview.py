@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels.problem import Update
-from torchreg.kernels.rounding import HALF
-from torchreg.penalties.base import Step
+from torchreg.penalties.base import Step, arithmetic
 
 
 def previewed(
@@ -47,4 +46,4 @@ def _taken(value: Tensor, at: Tensor | None) -> Tensor:
         taken = flat.flatten().clone()
     else:
         taken = flat.view(-1).index_select(0, at) if flat.is_contiguous() else torch.take(flat, at)
-    return taken.float() if taken.dtype in HALF else taken
+    return arithmetic(taken)

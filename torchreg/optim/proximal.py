@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from torchreg import kernels
 from torchreg.hook import is_attached
-from torchreg.kernels.rounding import HALF
 from torchreg.optim.base import ProxPoint, rounding_seed, usable_penalty
 from torchreg.optim.groups import (
     adopt_penalties,
@@ -28,7 +27,7 @@ from torchreg.optim.groups import (
 )
 from torchreg.optim.metrics import Metric, ProxSteps, param_name
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import Step, host_scalar
+from torchreg.penalties.base import HALF, Step, host_scalar
 from torchreg.penalties.separable import is_shrinkage
 
 _LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad"}

@@ -15,7 +15,7 @@ from torchreg.optim.base import usable_penalty
 from torchreg.optim.groups import checked_penalty, checked_scale
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import host_scalar
+from torchreg.penalties.base import HALF, host_scalar
 
 
 class RMDA(PenalizedOptimizer):
@@ -237,7 +237,7 @@ class RMDA(PenalizedOptimizer):
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         for p in group["params"]:
-            if p.dtype in (torch.float16, torch.bfloat16):
+            if p.dtype in HALF:
                 raise TypeError(
                     f"A parameter of shape {tuple(p.shape)} is of {p.dtype}, in which a sum of all gradients has no "
                     "room: keep the weights in float32 (and use autocast)."

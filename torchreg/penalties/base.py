@@ -21,7 +21,9 @@ Strength = float | Tensor
 Step = float | Tensor
 """The step of a proximal operator: a non-negative float, a 0-d tensor, or one value per coordinate."""
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+"""The types that are computed with in float32."""
+
 _REGISTRY: dict[str, type[Penalty]] = {}
 
 P = TypeVar("P", bound="Penalty")
@@ -87,7 +89,7 @@ def checked_step(step: Step, w: Tensor) -> Step:
 
 def arithmetic(w: Tensor) -> Tensor:
     """``w`` in the precision that penalties compute in: float32 for the half types, its own otherwise."""
-    return w.float() if w.dtype in _HALF else w
+    return w.float() if w.dtype in HALF else w
 
 
 def like(value: Strength | Step, w: Tensor) -> Strength | Step:
