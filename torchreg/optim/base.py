@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -19,7 +17,7 @@ from torchreg.optim.groups import checked_penalty, checked_scale
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.optim.preview import previewed
 from torchreg.penalties import L1
-from torchreg.penalties.base import HALF, Step, host_scalar
+from torchreg.penalties.base import HALF, Step
 from torchreg.penalties.separable import is_shrinkage
 
 _UNSHRUNK = L1(0.0)
@@ -188,20 +186,8 @@ class ProximalOptimizer(PenalizedOptimizer):
 
         Not named ``_init_group`` as in torch: torch.compile calls a method of that name instead of tracing it.
         """
-        params, grads, dense = [], [], torch.strided
-        for position, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None:
-                continue
-            if grad.layout is not dense:
-                name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
-                raise TypeError(
-                    f"{type(self).__name__} needs dense gradients, but the one of parameter {name} (shape "
-                    f"{tuple(p.shape)}) is {grad.layout}; build its embedding with sparse=False."
-                )
-            params.append(p)
-            grads.append(grad)
-        return self._update.tensors(params, grads)
+        params = self._with_gradients(group, index)
+        return self._update.tensors(params, [p.grad for p in params if p.grad is not None])  # all have one
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         """Raise unless a fused step can be had for every parameter of a group that asks for it."""
@@ -235,40 +221,6 @@ def usable_penalty(group: Mapping[str, Any]) -> Any:
             for p in group["params"]:
                 penalty.check_shape(p.shape)
     return penalty
-
-
-def number(group: Mapping[str, Any], key: str) -> float | Tensor:
-    """A hyperparameter as a float, or as a 0-d tensor where the host may not read it."""
-    value = group[key]
-    if not isinstance(value, Tensor):
-        return float(value) if isinstance(value, bool) else value
-    value = value.reshape(())
-    return value if group["capturable"] else host_scalar(value)
-
-
-def read(lr: float | Tensor, group: Mapping[str, Any]) -> float | Tensor:
-    """The learning rate as torch's optimizers use it: a number, read from the device unless capturable."""
-    if not isinstance(lr, Tensor) or group["capturable"] or lr.requires_grad or torch.compiler.is_compiling():
-        return lr
-    return lr.item()
-
-
-def scaled_step(group: Mapping[str, Any], gain: float) -> float | Tensor:
-    """lr·gain·strength_scale, checked where the host knows it."""
-    if not isinstance(group["lr"], (numbers.Real, Tensor)):
-        raise TypeError(f"Expected `lr` to be a number, got {group['lr']!r}.")
-    if type(group["strength_scale"]) is not float:
-        checked_scale(group["strength_scale"])
-    lr, scale = number(group, "lr"), number(group, "strength_scale")
-    if isinstance(lr, Tensor) and isinstance(scale, Tensor):
-        scale = scale.to(lr.device)
-    step = lr * gain * scale
-    if not isinstance(step, Tensor) and not (step >= 0 and math.isfinite(step)):
-        raise ValueError(
-            "Expected `lr` and `strength_scale` to be non-negative and finite beside a penalty, "
-            f"got {group['lr']} and {group['strength_scale']}."
-        )
-    return step
 
 
 def check_implementation(group: Mapping[str, Any]) -> None:

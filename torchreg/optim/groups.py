@@ -48,6 +48,11 @@ def checked_scale(scale: Any) -> float | Tensor:
     return scale if isinstance(scale, Tensor) else float(scale)
 
 
+def param_name(group: Mapping[str, Any], position: int) -> str:
+    """What a parameter is called in an error."""
+    return group["param_names"][position] if "param_names" in group else str(position)
+
+
 def check_penalized_params(group: Mapping[str, Any], index: int) -> None:
     """Raise unless the group's penalty can be applied to each of its parameters, once."""
     penalty = group["penalty"]
@@ -55,8 +60,7 @@ def check_penalized_params(group: Mapping[str, Any], index: int) -> None:
         return
     seen: set[int] = set()
     for position, p in enumerate(group["params"]):
-        name = group["param_names"][position] if "param_names" in group else f"{position}"
-        where = f"Parameter {name} of group {index}"
+        where = f"Parameter {param_name(group, position)} of group {index}"
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"{where} is of {p.dtype}; a penalty needs floating point or complex.")
         if id(p) in seen:

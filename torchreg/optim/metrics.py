@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from torchreg.kernels.problem import adam_metric_step
-from torchreg.optim.base import scaled_step
 from torchreg.optim.gain import sgd_momentum_gain
-from torchreg.optim.groups import check_takes_steps, checked_scale
+from torchreg.optim.groups import check_takes_steps, checked_scale, param_name
+from torchreg.optim.hyperparameters import product, scaled_step
 from torchreg.penalties import tiles
 from torchreg.penalties.base import HALF, Step, arithmetic, checked_step, host_scalar, like
 
@@ -130,11 +130,6 @@ class ProxSteps:
                     )
 
 
-def param_name(group: Mapping[str, Any], position: int) -> str:
-    """What a parameter is called in an error."""
-    return group["param_names"][position] if "param_names" in group else str(position)
-
-
 def known(optimizer: Optimizer) -> Known | None:
     """What is known of an optimizer of exactly torch's class: a subclass may change the update."""
     return _KNOWN.get(type(optimizer))
@@ -163,11 +158,11 @@ def _nadam(state: _State, group: _State, lr: Step) -> Step:
     That is what the step t makes of a gradient that has always been the same; it tends to 1.
     """
     beta1, _ = group["betas"]
-    t, product = host_scalar(state["step"]), host_scalar(state["mu_product"])
+    t, past = host_scalar(state["step"]), host_scalar(state["mu_product"])
     mu = beta1 * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"]))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * group["momentum_decay"]))
-    gain = (1 - mu) / (1 - product) + mu_next * (1 - beta1**t) / (1 - product * mu_next)
-    return adam_metric_step(_times(lr, gain), state["exp_avg_sq"], state["step"], group["betas"][1], group["eps"])
+    gain = (1 - mu) / (1 - past) + mu_next * (1 - beta1**t) / (1 - past * mu_next)
+    return adam_metric_step(product(lr, gain), state["exp_avg_sq"], state["step"], group["betas"][1], group["eps"])
 
 
 def _radam(state: _State, group: _State, lr: Step) -> Step:
@@ -197,18 +192,13 @@ def _adagrad(state: _State, group: _State, lr: Step) -> Step:
     """lr/(1 + (t−1)·lr_decay)/(√Σg² + ε)."""
     total = arithmetic(state["sum"])
     decay = 1.0 if group["lr_decay"] == 0 else 1 + (host_scalar(state["step"]) - 1) * group["lr_decay"]
-    return like(_times(lr, 1 / decay), total) / (total.sqrt() + group["eps"])
+    return like(product(lr, 1 / decay), total) / (total.sqrt() + group["eps"])
 
 
 def _adamax(state: _State, group: _State, lr: Step) -> Step:
     """lr/u, where u is the decaying maximum of |g| + ε."""
     largest = arithmetic(state["exp_inf"])
     return like(lr, largest) / largest
-
-
-def _times(lr: Step, factor: float | Tensor) -> Step:
-    """Their product, also where they are 0-d tensors of two devices."""
-    return lr * (factor.to(lr.device) if isinstance(lr, Tensor) and isinstance(factor, Tensor) else factor)
 
 
 def _counted(step: Any) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchreg.optim.groups import (
@@ -82,6 +84,26 @@ class PenalizedOptimizer(Optimizer):
         """
         check_form(state_dict)
         super().load_state_dict(state_dict)
+
+    def _with_gradients(self, group: Mapping[str, Any], index: int) -> list[Tensor]:
+        """The parameters that have a gradient.
+
+        Raises:
+            TypeError: if one of the gradients is sparse.
+        """
+        params, dense = [], torch.strided
+        for position, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout is not dense:
+                name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
+                raise TypeError(
+                    f"{type(self).__name__} needs dense gradients, but the one of parameter {name} (shape "
+                    f"{tuple(p.shape)}) is {grad.layout}; build its embedding with sparse=False."
+                )
+            params.append(p)
+        return params
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raise unless the hyperparameters make sense."""

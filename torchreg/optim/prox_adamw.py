@@ -15,13 +15,11 @@ from torchreg import kernels
 from torchreg.optim.base import (
     ProximalOptimizer,
     check_implementation,
-    number,
-    read,
     rounding_seed,
-    scaled_step,
     usable_penalty,
 )
 from torchreg.optim.groups import check_takes_steps
+from torchreg.optim.hyperparameters import number, read, scaled_step
 from torchreg.penalties import Penalty
 
 METRICS = ("adam", "identity")

@@ -16,13 +16,11 @@ from torchreg import kernels
 from torchreg.optim.base import (
     ProximalOptimizer,
     check_implementation,
-    number,
-    read,
     rounding_seed,
-    scaled_step,
     usable_penalty,
 )
 from torchreg.optim.gain import sgd_momentum_gain
+from torchreg.optim.hyperparameters import number, read, scaled_step
 from torchreg.penalties import Penalty
 
 

@@ -23,11 +23,13 @@ from torchreg.optim.groups import (
     checked_penalty,
     checked_scale,
     packed,
+    param_name,
     share_scales,
 )
-from torchreg.optim.metrics import Metric, ProxSteps, param_name
+from torchreg.optim.hyperparameters import product, scalar
+from torchreg.optim.metrics import Metric, ProxSteps
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import HALF, Step, host_scalar
+from torchreg.penalties.base import HALF, Step
 from torchreg.penalties.separable import is_shrinkage
 
 _LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad"}
@@ -324,11 +326,7 @@ class Proximal(Optimizer):
 
     def _scaled(self, unit: Step, group: Mapping[str, Any], p: Tensor) -> Step:
         """The step times the strength scale, or zero where the device has skipped the descent."""
-        scale = group["strength_scale"]
-        scale = host_scalar(scale.reshape(())) if isinstance(scale, Tensor) else scale
-        if isinstance(unit, Tensor) and isinstance(scale, Tensor):
-            scale = scale.to(unit.device)
-        step = unit * scale
+        step = product(unit, scalar(group["strength_scale"]))
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             return step

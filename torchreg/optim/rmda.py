@@ -13,9 +13,10 @@ from torch.optim.optimizer import ParamsT
 
 from torchreg.optim.base import usable_penalty
 from torchreg.optim.groups import checked_penalty, checked_scale
+from torchreg.optim.hyperparameters import product, scalar
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import HALF, host_scalar
+from torchreg.penalties.base import HALF
 
 
 class RMDA(PenalizedOptimizer):
@@ -130,7 +131,7 @@ class RMDA(PenalizedOptimizer):
         state = next((self.state[p] for p in group["params"] if self.state.get(p)), None)
         if group["penalty"] is None or state is None or state["step"] == 0:
             return 0.0
-        return _product(state["alpha"] / math.sqrt(state["step"]), _scalar(group["strength_scale"]))
+        return product(state["alpha"] / math.sqrt(state["step"]), scalar(group["strength_scale"]))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -156,10 +157,10 @@ class RMDA(PenalizedOptimizer):
 
     def _check_steps(self, group: Mapping[str, Any], penalty: Penalty, params: list[Tensor]) -> None:
         """Raise ``ValueError`` if the penalty refuses the step τ that is next, which grows with t."""
-        lr, scale = _scalar(group["lr"]), _scalar(group["strength_scale"])
+        lr, scale = scalar(group["lr"]), scalar(group["strength_scale"])
         for t, alpha in {(self.state[p].get("step", 0), self.state[p].get("alpha", 0.0)) for p in params}:
             root = math.sqrt(t + 1)
-            penalty.check_step(_product((alpha + _product(lr, root)) / root, scale))
+            penalty.check_step(product((alpha + product(lr, root)) / root, scale))
 
     def _step_group(self, group: dict[str, Any], penalty: Penalty | None, params: list[Tensor]) -> None:
         for p in params:
@@ -170,7 +171,7 @@ class RMDA(PenalizedOptimizer):
                     initial=p.detach().clone(memory_format=torch.preserve_format),
                     grad_sum=torch.zeros_like(p, memory_format=torch.preserve_format),
                 )
-        lr = _scalar(group["lr"])
+        lr = scalar(group["lr"])
         if not isinstance(lr, Tensor) and lr == 0:
             return
         together: dict[int, list[Tensor]] = {}  # parameters that were unfrozen later count from there
@@ -181,8 +182,8 @@ class RMDA(PenalizedOptimizer):
         for t, some in together.items():
             moved.update(zip(some, self._averaged(some, lr, t, group["maximize"]), strict=True))
         if penalty is not None:
-            scale = _scalar(group["strength_scale"])
-            steps = [_product(self.state[p]["alpha"] / math.sqrt(self.state[p]["step"]), scale) for p in params]
+            scale = scalar(group["strength_scale"])
+            steps = [product(self.state[p]["alpha"] / math.sqrt(self.state[p]["step"]), scale) for p in params]
             penalty.prox_all_([moved[p] for p in params], steps)
         if group["momentum"] == 0:
             for p in params:
@@ -201,22 +202,8 @@ class RMDA(PenalizedOptimizer):
         else:
             torch._foreach_add_(sums, grads, alpha=sign * lr * root)
         for state in states:
-            state["alpha"] = state["alpha"] + _product(lr, root)
+            state["alpha"] = state["alpha"] + product(lr, root)
         return list(torch._foreach_add([state["initial"] for state in states], sums, alpha=-1 / root))
-
-    def _with_gradients(self, group: Mapping[str, Any], index: int) -> list[Tensor]:
-        params = []
-        for position, p in enumerate(group["params"]):
-            if p.grad is None:
-                continue
-            if p.grad.layout != torch.strided:
-                name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
-                raise TypeError(
-                    f"RMDA needs dense gradients, but the one of parameter {name} (shape {tuple(p.shape)}) is "
-                    f"{p.grad.layout}; build its embedding with sparse=False."
-                )
-            params.append(p)
-        return params
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         for key in ("lr", "momentum"):
@@ -225,7 +212,7 @@ class RMDA(PenalizedOptimizer):
                 value, numbers.Real if key == "momentum" else (numbers.Real, Tensor)
             ):
                 raise TypeError(f"Expected `{key}` to be a number, got {value!r}.")
-        lr = _scalar(group["lr"]) if not isinstance(group["lr"], Tensor) or group["lr"].numel() == 1 else None
+        lr = scalar(group["lr"]) if not isinstance(group["lr"], Tensor) or group["lr"].numel() == 1 else None
         if lr is None:
             raise ValueError("Tensor lr must be 1-element")
         if not isinstance(lr, Tensor) and not (lr >= 0 and math.isfinite(lr)):
@@ -242,13 +229,3 @@ class RMDA(PenalizedOptimizer):
                     f"A parameter of shape {tuple(p.shape)} is of {p.dtype}, in which a sum of all gradients has no "
                     "room: keep the weights in float32 (and use autocast)."
                 )
-
-
-def _scalar(value: float | Tensor) -> float | Tensor:
-    """A float, or a 0-d tensor where the host may not read it."""
-    return host_scalar(value.reshape(())) if isinstance(value, Tensor) else value
-
-
-def _product(a: float | Tensor, b: float | Tensor) -> float | Tensor:
-    """Their product, also where they are tensors of two devices."""
-    return a * (b.to(a.device) if isinstance(a, Tensor) and isinstance(b, Tensor) else b)
