@@ -43,29 +43,28 @@ class FusedSteps:
         known = self._arrangement
         arrangement = known if known is not None and known.fits(parts, wishes) else Arrangement(parts, wishes)
         self._arrangement = None  # until all is done
-        chosen_tensors = [
-            parts[i][0] if indices is None else parts[i][0].take(indices)
-            for kind in arrangement.kinds.values()
-            for i, indices in kind
-        ]
-        changed = [t for tensors in chosen_tensors for ts in (tensors.params, *tensors.buffers().values()) for t in ts]
+        taken = {
+            kind: [
+                (parts[i][0] if indices is None else parts[i][0].take(indices), parts[i][1]) for i, indices in chosen
+            ]
+            for kind, chosen in arrangement.kinds.items()
+        }
+        those = [tensors for some in taken.values() for tensors, _ in some]
+        changed = [t for tensors in those for ts in (tensors.params, *tensors.buffers().values()) for t in ts]
         if arrangement is not known or not identical(changed, self._changed):
-            for tensors in chosen_tensors:
+            for tensors in those:
                 _check_sizes(tensors)
         torch.autograd.graph.increment_version(changed)  # may raise
         self._changed = changed
         # counts are of this step
-        self._plans = {kind: self._plans[kind] for kind in arrangement.kinds if kind in self._plans}
-        for kind, chosen in arrangement.kinds.items():
+        self._plans = {kind: self._plans[kind] for kind in taken if kind in self._plans}
+        for kind, here in taken.items():
             device, dtype = kind
             plan = self._plans.get(kind)
             same = plan is not None and arrangement is known
             if plan is None:
                 size = native.PIECE_SIZE if device.type == "cpu" else triton_step.PIECE_SIZE
                 plan = self._plans[kind] = Plan(device, dtype, size, self._update.step)
-            here = [
-                (parts[i][0] if indices is None else parts[i][0].take(indices), parts[i][1]) for i, indices in chosen
-            ]
             for tensors, _ in here:
                 tensors.advance()
             plan.update(here, same)

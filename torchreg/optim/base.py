@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from torchreg import kernels
@@ -67,6 +67,20 @@ class ProximalOptimizer(PenalizedOptimizer):
         self._fused = kernels.FusedSteps(self._update)
         if "_prox_pre_hooks" not in self.__dict__:
             self._prox_pre_hooks, self._preview_hooks = OrderedDict(), OrderedDict()
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Any = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
 
     def step_counts(self) -> kernels.FusedSteps | None:
         """What the last step counted of the weights on its way, or None if it was not a fused one."""

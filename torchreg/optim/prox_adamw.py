@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _get_scalar_dtype, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT, _get_scalar_dtype
 
 from torchreg import kernels
 from torchreg.optim.base import (
@@ -171,20 +171,6 @@ class ProxAdamW(ProximalOptimizer):
         if group["penalty"] is None:
             return 0.0
         return None if group["metric"] == "adam" else scaled_step(group, 1.0)
-
-    @_use_grad_for_differentiable
-    def step(self, closure: Any = None) -> Any:
-        """Perform a single optimization step.
-
-        Args:
-            closure: reevaluates the model and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step()
-        return loss
 
     def _hyperparameters(self, group: Mapping[str, Any]) -> kernels.AdamStep:
         beta1, beta2 = _checked_betas(group["betas"])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT
 
 from torchreg import kernels
 from torchreg.optim.base import (
@@ -144,20 +144,6 @@ class ProxSGD(ProximalOptimizer):
         if group["penalty"] is None:
             return 0.0
         return scaled_step(group, sgd_momentum_gain(group["momentum"], group["dampening"], group["nesterov"]))
-
-    @_use_grad_for_differentiable
-    def step(self, closure: Any = None) -> Any:
-        """Perform a single optimization step.
-
-        Args:
-            closure: reevaluates the model and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step()
-        return loss
 
     def _needs_host(self) -> bool:
         """Whether a momentum buffer starts whose first gradient is not dampened: the host has to know if it does."""
