@@ -1,7 +1,8 @@
 """Penalties: the mathematics, one small immutable object each."""
 
 from torchreg.penalties.base import Penalty, Step, Strength, from_dict
-from torchreg.penalties.constraints import Box, NonNegative, TopK
+from torchreg.penalties.cardinality import NM, TopK
+from torchreg.penalties.constraints import Box, NonNegative
 from torchreg.penalties.nonconvex import L0, MCP, SCAD, LHalf, LogSum
 from torchreg.penalties.separable import L1, L2, ElasticNet, soft_threshold
 from torchreg.penalties.structured import GroupLasso, SparseGroupLasso
@@ -11,6 +12,7 @@ __all__ = [
     "L1",
     "L2",
     "MCP",
+    "NM",
     "SCAD",
     "Box",
     "ElasticNet",
