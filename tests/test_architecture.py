@@ -17,6 +17,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.cuts": 1,
     "torchreg.groups": 1,
     "torchreg.penalties": 2,
+    "torchreg.coupling": 3,
     "torchreg.rules": 3,
     "torchreg.kernels": 3,
     "torchreg.optimality": 3,

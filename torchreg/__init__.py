@@ -1,6 +1,7 @@
 """torchreg: L1, L2, Elastic Net and exact zeros for any PyTorch module."""
 
 from torchreg import groups, penalties, rules, schedules
+from torchreg.coupling import coupled_groups
 from torchreg.factorization import defactorize, factorize
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
 from torchreg.optim import FISTA, RMDA, ProxAdamW, Proximal, ProxSGD
@@ -50,6 +51,7 @@ __all__ = [
     "SparsityReport",
     "TargetSparsity",
     "TopK",
+    "coupled_groups",
     "defactorize",
     "factorize",
     "freeze_zeros",

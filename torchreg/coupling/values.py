@@ -1,0 +1,142 @@
+"""What a coupling is: the channels of a model that can only be removed together, and the tensors that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from torchreg import tables
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A tensor's part in a coupling.
+
+    Attributes:
+        name: the parameter's name in ``model.named_parameters()`` (a tied one has one name), or a buffer's.
+        dim: the dimension whose slices belong to channels.
+        labels: int64, one per slice: the channel that it belongs to, −1 if to none.
+    """
+
+    name: str
+    dim: int
+    labels: Tensor
+
+    def slices(self, channels: Tensor) -> Tensor:
+        """The indices along `dim` of the slices of some channels.
+
+        Args:
+            channels: bool, one per channel of the coupling.
+        """
+        labels = self.labels.cpu()
+        return ((labels >= 0) & channels[labels.clamp(min=0)]).nonzero().flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Channels that can only be removed together from all the tensors that hold them.
+
+    Attributes:
+        name: the first layer that makes them, such as ``"layer1.0.conv1"``.
+        count: how many channels there are. A channel is what can be removed by itself: an attention head with all its
+            rows, or all that belongs to one group of a grouped convolution.
+        makers: where a channel is made: weight rows, biases, a norm's scale and shift. If all are zero, so is the
+            channel (unless `vanishes` is false).
+        users: where it is consumed: the columns of the next layers. If all are zero, it has no effect.
+        others: what only has to be cut along: running statistics, PReLU's slopes.
+        vanishes: whether zero makers make the channel zero. Not so after a sigmoid, say: then only channels with zero
+            users can be removed.
+    """
+
+    name: str
+    count: int
+    makers: tuple[Member, ...]
+    users: tuple[Member, ...]
+    others: tuple[Member, ...] = ()
+    vanishes: bool = True
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Makers, users and others."""
+        return self.makers + self.users + self.others
+
+    def zero_channels(self, tensors: dict[str, Tensor], members: Sequence[Member]) -> Tensor:
+        """Which channels are exactly zero in all of ``members``: bool, one per channel.
+
+        Args:
+            tensors: the model's parameters (and buffers) by name.
+            members: those to look at; a channel that none of them holds is not zero.
+        """
+        held = torch.zeros(self.count, dtype=torch.bool)
+        alive = torch.zeros(self.count, dtype=torch.bool)
+        for member in members:
+            w = tensors[member.name].detach()
+            nonzero = (w != 0).transpose(0, member.dim).flatten(1).any(1).cpu() if w.ndim > 1 else (w != 0).cpu()
+            labels = member.labels.cpu()
+            held[labels[labels >= 0]] = True
+            alive[labels[(labels >= 0) & nonzero]] = True
+        return held & ~alive
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Channels that can't be removed.
+
+    Attributes:
+        name: the first layer that makes them.
+        count: how many there are.
+        reason: why not.
+    """
+
+    name: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Couplings(Sequence[Coupling]):
+    """The couplings of a model, in the order of its layers; ``print()`` shows a table.
+
+    ``couplings[0]`` is the first one, ``couplings["layer1.0.conv1"]`` the one of that name.
+
+    Attributes:
+        couplings: the channels that can be removed.
+        left_alone: those that can't, and why.
+    """
+
+    couplings: tuple[Coupling, ...]
+    left_alone: tuple[LeftAlone, ...] = field(default=())
+
+    @overload
+    def __getitem__(self, key: int | str) -> Coupling: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Coupling, ...]: ...
+    def __getitem__(self, key: int | str | slice) -> Coupling | tuple[Coupling, ...]:
+        if not isinstance(key, str):
+            return self.couplings[key]
+        for coupling in self.couplings:
+            if coupling.name == key:
+                return coupling
+        raise KeyError(f"No coupling {key!r} among {len(self)}: {', '.join(c.name for c in self)}.")
+
+    def __len__(self) -> int:
+        return len(self.couplings)
+
+    def __iter__(self) -> Iterator[Coupling]:
+        return iter(self.couplings)
+
+    def __str__(self) -> str:
+        rows = [(c.name, str(c.count), ", ".join(_names(c.makers)), ", ".join(_names(c.users))) for c in self.couplings]
+        text = tables.render(("coupling", "channels", "made by", "used by"), rows, left=4)
+        if not self.left_alone:
+            return text
+        rest = [(c.name, str(c.count), c.reason) for c in self.left_alone]
+        return f"{text}\n\n{tables.render(('left alone', 'channels', 'because'), rest, left=3)}"
+
+
+def _names(members: Sequence[Member]) -> list[str]:
+    return list(dict.fromkeys(member.name for member in members))
