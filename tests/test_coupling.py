@@ -14,6 +14,11 @@ from torchreg.coupling import Attention, coupled_groups
 pytest.importorskip("torch_pruning", reason="needs the extra 'pruning'")
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def _table(couplings):
     """Name → (count, makers, users), each as (tensor, dimension)."""
     return {

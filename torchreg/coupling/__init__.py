@@ -137,7 +137,7 @@ def _tested(coupling: Coupling, probe: Probe) -> tuple[Coupling, str]:
     """The coupling with what the tests say of it, and why it is to be left alone, if it is."""
     if not probe.works():
         return coupling, "the outputs are not finite for random weights, so nothing can be proved"
-    if not probe.matters(coupling, torch.ones(coupling.count, dtype=torch.bool)):
+    if not probe.matters(coupling, _half(coupling.count)):
         return coupling, "they have no influence on the output for this example"
     for candidate in (coupling, *_in_blocks(coupling)):
         some = _half(candidate.count)

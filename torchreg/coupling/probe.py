@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchreg.coupling.stand_ins import Example, output_tensors
 from torchreg.coupling.values import Coupling, Member
 
+DRAWS = 8
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -25,6 +26,10 @@ class Probe:
         self.model, self.example = copy, example
         self.random = torch.Generator().manual_seed(seed)
         self.tensors = {**dict(copy.named_buffers()), **dict(copy.named_parameters())}
+        self.renew()
+
+    def renew(self) -> None:
+        """Draw other weights."""
         with torch.no_grad():
             for name, w in self.tensors.items():
                 if w.is_floating_point() and (isinstance(w, nn.Parameter) or "running_" in name):
@@ -41,9 +46,13 @@ class Probe:
         return not any(bool(t.isnan().any()) for t in self.output)
 
     def matters(self, coupling: Coupling, channels: Tensor) -> bool:
-        """Whether the outputs change when the users of some channels become zero."""
-        with _Changed(self, coupling.users, channels, zero=True):
-            return not _same(self.run(), self.output)
+        """Whether the outputs change when the users of some channels become zero: with these weights or with others."""
+        for _ in range(DRAWS):
+            with _Changed(self, coupling.users, channels, zero=True):
+                if not _same(self.run(), self.output):
+                    return True
+            self.renew()  # a few units of a ReLU may all be silent
+        return False
 
     def unused_without_users(self, coupling: Coupling, channels: Tensor) -> bool:
         """Whether the makers of some channels have no effect if their users are zero."""
