@@ -103,11 +103,32 @@ def test_inspect_reads_safetensors(model, tmp_path):
     assert inspected(path)["total"]["zeros"] == torchreg.sparsity(model).total.zeros
 
 
-def test_missing_safetensors_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
+def test_inspect_reads_sparse_files_and_compares_their_size(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
+    model.append(nn.Linear(2, 200, bias=False)).append(nn.Linear(200, 2, bias=False))
+    model[4].weight = nn.Parameter(model[3].weight.t())  # a view, stored by itself
+    model[3].weight.data.zero_()
+    model.register_module("again", model[3])
     path = tmp_path / "model.safetensors"
-    path.write_bytes(b"")
-    assert_refused(capsys, ["inspect", path], "torchreg-sparse[safetensors]")
+    torchreg.export.save_sparse(model, path)
+    document = inspected(path)
+    assert document["total"]["zeros"] == torchreg.sparsity(model).total.zeros == 823
+    dense = 4 * (24 + 4 + 4 * 4 + 8 + 2 + 400 + 400) + 8  # with the norm's counter
+    assert (document["bytes_on_disk"], document["dense_bytes"]) == (path.stat().st_size, dense)
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{path.stat().st_size:,} bytes on disk: " in out
+    assert f" % of its {dense:,} bytes of dense tensors" in out
+    assert str(torchreg.sparsity(model)) in out
+
+
+def test_inspect_refuses_a_damaged_sparse_file(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    torchreg.export.save_sparse({"w": torch.eye(40)}, path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert_refused(capsys, ["inspect", path], "model.safetensors' can't be loaded: it is damaged: the checksum of")
 
 
 class Malicious:
@@ -157,17 +178,8 @@ def test_inspect_refuses_what_is_not_weights(model, tmp_path, capsys):
         (tmp_path / name).write_bytes(content)
     names = ["module.pt", "empty.pt", "integers.pt", "optimizer.pt", "script.pt", *contents, "missing.pt", "."]
     for name in names:
-        if not (name.endswith(".safetensors") and not _has_safetensors()):
-            assert_refused(capsys, ["inspect", tmp_path / name], "torchreg inspect: error:")
+        assert_refused(capsys, ["inspect", tmp_path / name], "torchreg inspect: error:")
     assert_refused(capsys, ["inspect", tmp_path / "module.pt"], "holds more than weights")
-
-
-def _has_safetensors():
-    try:
-        import safetensors  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def test_names_cannot_write_control_characters_to_the_terminal(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """torchreg: L1, L2, Elastic Net and exact zeros for any PyTorch module."""
 
-from torchreg import groups, penalties, rules, schedules
+from torchreg import export, groups, penalties, rules, schedules
 from torchreg.coupling import coupled_groups
 from torchreg.factorization import defactorize, factorize
 from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
@@ -53,6 +53,7 @@ __all__ = [
     "TopK",
     "coupled_groups",
     "defactorize",
+    "export",
     "factorize",
     "freeze_zeros",
     "groups",

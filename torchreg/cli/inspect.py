@@ -22,7 +22,8 @@ DESCRIPTION = """\
 Counts the exact zeros in a checkpoint: a state dict, or a dict that holds one under 'state_dict', 'model_state_dict' or
 'model'. Otherwise all floating point tensors in nested dicts count, but for the state of optimizers. Left out are the
 statistics of norm layers (names that end in running_mean, running_var or num_batches_tracked). Tied weights count once.
-Files are loaded with weights_only=True: nothing in them is executed.
+Files are loaded with weights_only=True: nothing in them is executed. Of a .safetensors file, also one that
+torchreg.export.save_sparse wrote without its zeros, the size on disk is compared with that of its dense tensors.
 """
 
 
@@ -58,11 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not weights:
         raise CommandError(f"{str(path)!r} holds no floating point tensors")
     if arguments.json:
-        print_result(json.dumps({"file": str(path), "part": part} | json.loads(report.to_json()), indent=2))
+        about = {"file": str(path), "part": part, **disk_size(path, content)}
+        print_result(json.dumps(about | json.loads(report.to_json()), indent=2))
     elif arguments.csv:
         print_result(report.to_csv().rstrip("\n"))
     else:
-        print_result(printable(str(path)) + (f", {part!r}" if part else "") + "\n")
+        print_result(printable(str(path)) + (f", {part!r}" if part else "") + _size_text(path, content) + "\n")
         print_result(str(report))
 
 
@@ -100,17 +102,30 @@ def _load_torch(path: Path) -> Any:
 
 
 def _load_safetensors(path: Path) -> Any:
+    from torchreg.export import load_sparse
+
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise CommandError("reading .safetensors needs: pip install 'torchreg-sparse[safetensors]'") from None
-    try:
-        return load_file(path)
+        return load_sparse(path)
     except OSError as error:
         raise CommandError(f"{str(path)!r} can't be read: {reason(error)}") from None
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CommandError(f"{str(path)!r} is damaged or not a safetensors file: {reason(error)}") from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def disk_size(path: Path, content: Any) -> dict[str, int]:
+    """The bytes of a safetensors file and of all its tensors when dense, tied ones once; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    tensors = {id(tensor): tensor for tensor in content.values()}
+    return {"bytes_on_disk": path.stat().st_size, "dense_bytes": sum(tensor.nbytes for tensor in tensors.values())}
+
+
+def _size_text(path: Path, content: Any) -> str:
+    size = disk_size(path, content)
+    if not size or not size["dense_bytes"]:
+        return ""
+    on_disk, dense = size["bytes_on_disk"], size["dense_bytes"]
+    return f", {on_disk:,} bytes on disk: {100 * on_disk / dense:.1f} % of its {dense:,} bytes of dense tensors"
 
 
 def model_weights(content: Any) -> tuple[str, list[tuple[str, Tensor]]]:
