@@ -22,10 +22,12 @@ class Cut(ABC):
     Attributes:
         count: the number of groups.
         sizes: the number of weights in each: an int where all are alike, else an int64 vector.
+        loose: whether the last group stands for weights that are in none.
     """
 
     count: int
     sizes: int | Tensor
+    loose: bool = False
 
     @abstractmethod
     def arranged(self, x: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class Cut(ABC):
         """The value of each group at all its weights: a tensor that broadcasts to arranged ones."""
 
 
-class _Grid(Cut):
+class Grid(Cut):
     """Groups that are told apart by the ``kept`` dimensions of a view of the ``shape``."""
 
     def __init__(self, shape: tuple[int, ...], kept: tuple[int, ...]) -> None:
@@ -78,7 +80,7 @@ class _Grid(Cut):
         return values.reshape(self.grid)
 
 
-class _Labelled(Cut):
+class Labelled(Cut):
     """Groups by labels of as many dimensions as the weight, which broadcast to it."""
 
     def __init__(self, shape: tuple[int, ...], labels: Tensor, sizes: Tensor) -> None:
@@ -106,6 +108,68 @@ class _Labelled(Cut):
 
     def _index(self, y: Tensor) -> Tensor:
         return self.labels.reshape(-1).to(y.device)
+
+
+class Runs(Cut):
+    """Groups of several tensors, which lie one after the other in a vector, cut into slices of a dimension.
+
+    A slice is a run of neighbours there, and belongs to one group; those with the label −1 to none, which stand as one
+    more group at the end, `loose`, whose size is given as 0.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        dims: Sequence[int],
+        labels: Sequence[Tensor],
+        count: int,
+        device: torch.device,
+    ) -> None:
+        self.dims = list(dims)
+        self.moved = [(shape[dim], *shape[:dim], *shape[dim + 1 :]) for shape, dim in zip(shapes, dims, strict=True)]
+        self.grids = [(shape[0], math.prod(shape[1:])) for shape in self.moved]
+        together = torch.cat([label.to(device) for label in labels])
+        self.loose = any(bool((label < 0).any()) for label in labels)
+        self.count = count + self.loose
+        self.index = torch.where(together < 0, count, together)
+        runs = [torch.full((slices,), length, device=device) for slices, length in self.grids]
+        self.runs = torch.cat(runs)
+        sizes = torch.zeros(self.count, dtype=torch.int64, device=device).index_add(0, self.index, self.runs)
+        self.sizes = torch.cat([sizes[:count], sizes.new_zeros(1)]) if self.loose else sizes
+
+    def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The vector of these tensors."""
+        return torch.cat([t.movedim(dim, 0).reshape(-1) for t, dim in zip(tensors, self.dims, strict=True)])
+
+    def parted(self, x: Tensor) -> list[Tensor]:
+        """The tensors that a vector is made of."""
+        pieces = x.split([slices * length for slices, length in self.grids])
+        return [
+            piece.view(shape).movedim(0, dim) for piece, shape, dim in zip(pieces, self.moved, self.dims, strict=True)
+        ]
+
+    def arranged(self, x: Tensor) -> Tensor:
+        return x
+
+    def sums(self, y: Tensor) -> Tensor:
+        partial = torch.cat([rows.sum(1) for rows in self._rows(y)])
+        return partial.new_zeros(self.count).index_add(0, self.index, partial)
+
+    def maxima(self, y: Tensor) -> Tensor:
+        partial = torch.cat([rows.amax(1) if rows.shape[1] else rows.sum(1) for rows in self._rows(y)])
+        return partial.new_zeros(self.count).scatter_reduce(0, self.index, partial, "amax")
+
+    def norms(self, y: Tensor) -> Tensor:
+        return _root(self.sums(_squares(y)))
+
+    def spread(self, values: Tensor) -> Tensor:
+        total = sum(slices * length for slices, length in self.grids)
+        return values[self.index].repeat_interleave(self.runs, output_size=total)
+
+    def _rows(self, y: Tensor) -> list[Tensor]:
+        """One row for each slice, tensor by tensor."""
+        pieces = y.split([slices * length for slices, length in self.grids])
+        return [piece.view(grid) for piece, grid in zip(pieces, self.grids, strict=True)]
 
 
 def _squares(y: Tensor) -> Tensor:

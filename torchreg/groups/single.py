@@ -1,23 +1,16 @@
-"""How a weight is cut into groups: rows, columns, channels, kernels, heads, blocks, or any labelling.
-
-A `Groups` value says it without knowing the weight; `Groups.of` cuts a weight of some shape, which it fits or is an
-error. Names (`NAMES`) stand for the common ones wherever groups are asked for: ``GroupLasso(1e-3, "out_channels")``.
-"""
+"""Groups of one weight: rows, columns, channels, kernels, heads, blocks, or any labelling."""
 
 from __future__ import annotations
 
 import dataclasses
-import numbers
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchreg.cuts import Cut, _Grid, _Labelled
-
-__all__ = ["NAMES", "Blocks", "Cut", "Groups", "Heads", "Labels", "Slices", "as_groups", "from_dict"]
+from torchreg.cuts import Cut, Grid, Labelled
+from torchreg.groups.base import Groups, checked_int, from_dict
 
 NAMES: dict[str, tuple[int, ...]] = {
     "rows": (0,),
@@ -35,36 +28,6 @@ NAMES: dict[str, tuple[int, ...]] = {
 They are those of the weights of linear layers and convolutions, (out, in, …). Those of a transposed convolution are
 (in, out, …): its out-channels are the columns.
 """
-
-
-class Groups(ABC):
-    """How weights are cut: an immutable value that compares by content."""
-
-    @abstractmethod
-    def of(self, shape: Sequence[int]) -> Cut:
-        """The groups of a weight of this shape.
-
-        Raises:
-            ValueError: if they don't fit it.
-        """
-
-    def count(self, shape: Sequence[int]) -> int:
-        """The number of groups of a weight of this shape."""
-        return self.of(shape).count
-
-    def sizes(self, shape: Sequence[int]) -> int | Tensor:
-        """The number of weights in each group: an int where all are alike, else an int64 vector."""
-        return self.of(shape).sizes
-
-    def to(self, device: torch.device | str) -> Groups:
-        """The same groups with their tensors on ``device``."""
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """Numbers, strings and tensors only; `from_dict` is the way back."""
-        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init)  # type: ignore[arg-type]
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
-        return {"type": type(self).__name__, **plain}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -91,7 +54,7 @@ class Slices(Groups):
 
     def __post_init__(self) -> None:
         given = (self.dims,) if isinstance(self.dims, int) else tuple(self.dims)
-        dims = tuple(_checked("dims", dim, least=0) for dim in given)
+        dims = tuple(checked_int("dims", dim, least=0) for dim in given)
         if len(set(dims)) != len(dims):
             raise ValueError(f"Expected `dims` to be different dimensions, got {given}.")
         if self.name is not None and not isinstance(self.name, str):
@@ -104,7 +67,7 @@ class Slices(Groups):
             raise ValueError(
                 f"Expected a weight with a dimension {missing[0]} for the groups {self}, got the shape {tuple(shape)}."
             )
-        return _Grid(tuple(shape), self.dims)
+        return Grid(tuple(shape), self.dims)
 
     def __repr__(self) -> str:
         return f"Slices(dims={self.dims})" if self.name is None else repr(self.name)
@@ -134,8 +97,8 @@ class Blocks(Groups):
     dim: int = -1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", _checked("k", self.k, least=1))
-        object.__setattr__(self, "dim", _checked("dim", self.dim))
+        object.__setattr__(self, "k", checked_int("k", self.k, least=1))
+        object.__setattr__(self, "dim", checked_int("dim", self.dim))
 
     def of(self, shape: Sequence[int]) -> Cut:  # noqa: D102
         dim = _dimension(self, self.dim, shape)
@@ -145,7 +108,7 @@ class Blocks(Groups):
                 f"shape {tuple(shape)}."
             )
         arranged = (*shape[:dim], shape[dim] // self.k, self.k, *shape[dim + 1 :])
-        return _Grid(arranged, tuple(d for d in range(len(arranged)) if d != dim + 1))
+        return Grid(arranged, tuple(d for d in range(len(arranged)) if d != dim + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +142,7 @@ class Heads(Groups):
 
     def __post_init__(self) -> None:
         for name, least in (("heads", 1), ("packed", 1), ("dim", 0)):
-            object.__setattr__(self, name, _checked(name, getattr(self, name), least=least))
+            object.__setattr__(self, name, checked_int(name, getattr(self, name), least=least))
 
     def of(self, shape: Sequence[int]) -> Cut:  # noqa: D102
         dim = _dimension(self, self.dim, shape)
@@ -189,7 +152,7 @@ class Heads(Groups):
                 f"Expected packed·heads={parts} of {self} to divide the size {shape[dim]} of dimension {dim} of the "
                 f"weight's shape {tuple(shape)}."
             )
-        return _Grid((*shape[:dim], self.packed, self.heads, shape[dim] // parts, *shape[dim + 1 :]), (dim + 1,))
+        return Grid((*shape[:dim], self.packed, self.heads, shape[dim] // parts, *shape[dim + 1 :]), (dim + 1,))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -236,7 +199,7 @@ class Labels(Groups):
             raise ValueError(
                 f"Expected labels that broadcast to the weight's shape {tuple(shape)}, got the shape {tuple(own)}."
             )
-        return _Labelled(tuple(shape), self.labels.reshape(lined_up), self._sizes)
+        return Labelled(tuple(shape), self.labels.reshape(lined_up), self._sizes)
 
     def to(self, device: torch.device | str) -> Groups:  # noqa: D102
         moved = object.__new__(Labels)
@@ -255,9 +218,6 @@ class Labels(Groups):
 
     def __str__(self) -> str:
         return f"{len(self._sizes)} labels"
-
-
-_KINDS: dict[str, type[Groups]] = {kind.__name__: kind for kind in (Slices, Blocks, Heads, Labels)}
 
 
 def as_groups(value: Any) -> Groups:
@@ -281,35 +241,6 @@ def as_groups(value: Any) -> Groups:
         return Slices(NAMES[value], value)
     hint = "; a tensor of labels goes into torchreg.groups.Labels" if isinstance(value, Tensor) else ""
     raise TypeError(f"Expected `groups` to be a name or a value of torchreg.groups, got {type(value).__name__}{hint}.")
-
-
-def from_dict(data: Mapping[str, Any]) -> Groups:
-    """Rebuild groups from their ``to_dict`` form.
-
-    >>> from torchreg import groups
-    >>> groups.from_dict(groups.Blocks(4).to_dict())
-    Blocks(k=4, dim=-1)
-
-    Raises:
-        ValueError: if the type is unknown or the fields are not that type's.
-    """
-    fields = dict(data)
-    name = fields.pop("type", None)
-    if not isinstance(name, str) or name not in _KINDS:
-        raise ValueError(f"Expected the type of groups to be one of {sorted(_KINDS)}, got {name!r}.")
-    expected = {f.name for f in dataclasses.fields(_KINDS[name]) if f.init}  # type: ignore[arg-type]
-    if set(fields) != expected:
-        raise ValueError(f"Expected the fields of {name} to be {sorted(expected)}, got {sorted(map(str, fields))}.")
-    return _KINDS[name](**fields)
-
-
-def _checked(name: str, value: Any, least: int | None = None) -> int:
-    allowed = "an integer" if least is None else f"an integer of at least {least}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"Expected `{name}` to be {allowed}, got {value!r}.")
-    if least is not None and value < least:
-        raise ValueError(f"Expected `{name}` to be {allowed}, got {value}.")
-    return int(value)
 
 
 def _dimension(groups: Groups, dim: int, shape: Sequence[int]) -> int:
