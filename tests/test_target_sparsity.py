@@ -382,7 +382,7 @@ def test_a_sample_of_a_large_model_is_spread_and_right(monkeypatch):
 
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (2, 2), (10, 10), (512, 100), (10_007, 5000)])
 def test_sampled_positions_are_different_and_inside(size, count):
-    index = target._spread(size, count, torch.device("cpu"))
+    index = torchreg.sampling.spread(size, count, torch.device("cpu"))
     assert len(index.unique()) == count
     assert index.min() >= 0
     assert index.max() < size

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from torchreg.assignments import Assignment
 from torchreg.penalties import L1, L2, Penalty
 from torchreg.regularizer import Regularizer
-from torchreg.rules import Assignment, Rules, assign
+from torchreg.rules import Rules, assign
 
 
 class Product(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchreg import kernels
+from torchreg.assignments import PenalizedModel, by_rule
 from torchreg.penalties import Penalty, from_dict
-from torchreg.penalties.base import checked_strength, host_scalar
-from torchreg.rules import PenalizedModel
+from torchreg.penalties.base import arithmetic, checked_strength, host_scalar
 
 _attached: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[PenaltyHandle]]] = weakref.WeakKeyDictionary()
 
@@ -103,6 +104,9 @@ class PenaltyHandle:
                 penalty.check_shape(mine[name].parameter.shape)
             except ValueError as error:
                 raise ValueError(f"Parameter {name!r}: {error}") from None
+        for common, some in by_rule(dataclasses.replace(mine[name], penalty=p) for name, p in saved.items()):
+            if common is not None:
+                common.check_together([a.parameter.shape for a in some])
         for name, penalty in saved.items():
             mine[name].penalty = penalty.to(mine[name].parameter.device)
         self.regularizer.strength_scale.copy_(scale.reshape(()))
@@ -173,12 +177,24 @@ class PenaltyHandle:
             factor = -scale if group.get("maximize", False) else scale
             if grad_scale is not None:
                 factor = grad_scale * (factor.to(grad_scale.device) if isinstance(factor, Tensor) else factor)
-            sums = kernels.added_gradients(
-                [penalties[id(p)][1] for p in chosen], chosen, [p.grad for p in chosen], factor
-            )
-            for p, total in zip(chosen, sums, strict=True):
+            alone = [p for p in chosen if not penalties[id(p)][1].is_joint]
+            sums = kernels.added_gradients([penalties[id(p)][1] for p in alone], alone, [p.grad for p in alone], factor)
+            together = self._added_together([p for p in chosen if penalties[id(p)][1].is_joint], factor)
+            for p, total in [*zip(alone, sums, strict=True), *together]:
                 self._data_grads.append((p, p.grad, total, total._version))
                 p.grad = total
+
+    def _added_together(self, chosen: list[Tensor], factor: float | Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Parameters of rules whose penalty acts on all of them, and the sums of their gradients with its."""
+        known = {id(p): p for p in chosen}
+        sums = []
+        for penalty, some in by_rule(a for a in self.regularizer.assignments if id(a.parameter) in known):
+            assert penalty is not None
+            params = [known[id(a.parameter)] for a in some]
+            for p, pull in zip(params, penalty.grad_all([arithmetic(p) for p in params]), strict=True):
+                scaled = pull * (factor.to(pull.device, pull.real.dtype) if isinstance(factor, Tensor) else factor)
+                sums.append((p, (arithmetic(p.grad) + scaled).to(p.grad.dtype)))  # type: ignore[arg-type,union-attr]
+        return sums
 
     def _restore(self, *, only_unchanged: bool = False) -> None:
         """Put back the data's gradients: this handle's, after those of handles that have added to its sums."""

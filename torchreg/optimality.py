@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchreg.assignments import Assignment, PenalizedModel, by_rule, check_current
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import host_scalar
-from torchreg.rules import Assignment, PenalizedModel, by_rule, check_current
 
 
 @torch.no_grad()
@@ -117,13 +117,15 @@ def _residuals(
 
 
 def _strengths_max(reg: PenalizedModel, chosen: list[Assignment], closure: Callable[[], Tensor]) -> list[float]:
-    """One strength for each chosen parameter that the loss depends on."""
+    """One strength for each chosen parameter that the loss depends on, or for those that act together."""
     with _zeroed(chosen):
         grads = _gradients(reg.model, chosen, closure)
+    known = {id(a): grad for a, grad in zip(chosen, grads, strict=True) if grad is not None}
     scaled = [
-        float(a.penalty.strength_max(grad))
-        for a, grad in zip(chosen, grads, strict=True)
-        if a.penalty is not None and grad is not None
+        float(strength)
+        for penalty, some in by_rule(a for a in chosen if id(a) in known)
+        if penalty is not None
+        for strength in penalty.strengths_max([known[id(a)] for a in some])
     ]
     scale = float(reg.strength_scale)
     return [s / scale if scale else s * math.inf if s else 0.0 for s in scaled]

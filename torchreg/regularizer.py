@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchreg import kernels, tables
+from torchreg.assignments import Assignment, by_rule, check_current, outdated
 from torchreg.hook import PenaltyHandle, check_gradients
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import checked_strength, host_scalar
-from torchreg.rules import Assignment, Rules, assign, by_rule, check_current, outdated
+from torchreg.rules import Rules, assign
 
 
 class Regularizer(nn.Module):

@@ -7,12 +7,12 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchreg.assignments import Assignment, by_rule, clean_name, parameters_of, unwrapped
 from torchreg.penalties import Penalty
 
 Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Parameter], bool] | Iterable[nn.Parameter]
@@ -28,7 +28,6 @@ _WEIGHTED = (
 )
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class _Weights:
@@ -44,50 +43,14 @@ WEIGHTS = _Weights()
 What a bare penalty selects. ``{"head.*": None, WEIGHTS: L1(1e-4)}`` makes an exception from it."""
 
 
-@dataclass
-class Assignment:
-    """One parameter of a model, and the penalty that a rule gave it (None: left alone, and why)."""
+class _Members:
+    """The parameters that share a penalty's groups."""
 
-    name: str
-    module: nn.Module
-    attribute: str
-    aliases: tuple[str, ...]
-    penalty: Penalty | None = None
-    rule: str = ""
-    rule_index: int | None = None
-    reason: str = ""
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
 
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as the model holds it now (moving or sharding a model may replace it).
-
-        Raises:
-            RuntimeError: if the model has it no more: parametrizing or pruning a layer replaces its weight.
-        """
-        p = self.module._parameters.get(self.attribute)
-        if p is None:
-            raise RuntimeError(_gone(self.name))
-        return p
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the parameter is not frozen. (What torch.func puts in its place is no parameter, and counts.)"""
-        p = self.parameter
-        return p.requires_grad or not isinstance(p, nn.Parameter)
-
-
-class PenalizedModel(Protocol):
-    """A model whose parameters have penalties: what optimality and the hook need of a `torchreg.Regularizer`."""
-
-    model: nn.Module
-    assignments: list[Assignment]
-    strength_scale: Tensor
-
-    def penalized(self) -> Iterator[tuple[str, nn.Parameter, Penalty]]:
-        """The (name, parameter, penalty) of every trainable penalised parameter."""
-
-    def __call__(self) -> Tensor:
-        """The penalty's value."""
+    def __call__(self, name: str, parameter: Any) -> bool:
+        return name in self.names
 
 
 def assign(model: nn.Module, rules: Rules) -> list[Assignment]:
@@ -104,9 +67,9 @@ def assign(model: nn.Module, rules: Rules) -> list[Assignment]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be an nn.Module, got {_described(model)}.")
     pairs = _pairs(rules)
-    model = _unwrapped(model)
-    modules = {_clean(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    assignments = _parameters(model)
+    model = unwrapped(model)
+    modules = {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    assignments = parameters_of(model)
     for index, (selector, penalty) in enumerate(pairs):
         label = _label(selector)
         matches = _matcher(selector, label, modules, assignments)
@@ -125,40 +88,28 @@ def assign(model: nn.Module, rules: Rules) -> list[Assignment]:
     for a in assignments:
         if a.rule_index is None:
             a.reason = _default_reason(a, modules)
+    _check_members(pairs, assignments)
+    for penalty, chosen in by_rule(assignments):
+        if penalty is not None and penalty.is_joint:
+            try:
+                penalty.check_together([a.parameter.shape for a in chosen])
+            except ValueError as error:
+                raise ValueError(f"Rule {chosen[0].rule}: {error}") from None
+            for a in chosen:
+                a.penalty = penalty
     return assignments
 
 
-def by_rule(assignments: Iterable[Assignment]) -> list[tuple[Penalty | None, list[Assignment]]]:
-    """The parameters that have a penalty by the same rule, in the order of the rules; those left alone come last."""
-    groups: dict[tuple[int, Penalty] | None, list[Assignment]] = {}
-    for a in assignments:
-        groups.setdefault(None if a.penalty is None else (a.rule_index or 0, a.penalty), []).append(a)
-    return [(key and key[1], groups[key]) for key in sorted(groups, key=lambda key: (key is None, key and key[0]))]
-
-
-def outdated(model: nn.Module, assignments: list[Assignment]) -> str:
-    """What differs between the model's parameters and those that the rules were applied to; empty if nothing does."""
-    names = {id(a.parameter): a.name for a in _parameters(_unwrapped(model))}
-    seen: set[int] = set()
-    for a in assignments:
-        p = a.module._parameters.get(a.attribute)
-        if id(p) in seen:
-            return f"Parameter {a.name!r} is tied to another one since the rules were applied: apply them again."
-        if id(p) not in names:
-            return _gone(a.name)
-        seen.add(id(p))
-    new = next((name for key, name in names.items() if key not in seen), None)
-    return "" if new is None else f"Parameter {new!r} is new in the model: apply the rules again."
-
-
-def check_current(model: nn.Module, assignments: list[Assignment]) -> None:
-    """Raise a RuntimeError if the model's parameters are no longer those that the rules were applied to."""
-    if message := outdated(model, assignments):
-        raise RuntimeError(message)
-
-
-def _gone(name: str) -> str:
-    return f"Parameter {name!r} is no longer in the model (parametrized, pruned or replaced?): apply the rules again."
+def _check_members(pairs: Iterable[tuple[Any, Penalty | None]], assignments: Iterable[Assignment]) -> None:
+    """Raise ``ValueError`` if groups are shared by parameters that the model does not have."""
+    names = {name for a in assignments for name in a.aliases}
+    for selector, penalty in pairs:
+        missing = [name for name in (penalty and penalty.members()) or () if name not in names]
+        if missing:
+            raise ValueError(
+                f"The groups of rule {_label(selector)} are shared by {missing[0]!r}, which is no parameter of the "
+                "model."
+            )
 
 
 def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None:
@@ -210,7 +161,8 @@ def _reparametrised(a: Assignment) -> str:
 
 def _pairs(rules: Rules) -> list[tuple[Any, Penalty | None]]:
     if isinstance(rules, Penalty):
-        return [(WEIGHTS, rules)]
+        members = rules.members()
+        return [(WEIGHTS if members is None else _Members(members), rules)]
     if isinstance(rules, type) or not isinstance(rules, (Mapping, Iterable)) or isinstance(rules, (str, Tensor)):
         raise TypeError(
             f"Expected `rules` to be a penalty or a mapping from selectors to penalties, got {_described(rules)}."
@@ -232,33 +184,6 @@ def _pairs(rules: Rules) -> list[tuple[Any, Penalty | None]]:
                 f"Expected the penalty of rule {_label(selector)} to be a Penalty or None, got {_described(penalty)}."
             )
     return pairs
-
-
-def _parameters(model: nn.Module) -> list[Assignment]:
-    """One assignment per distinct parameter, all its names collected."""
-    by_id: dict[int, Assignment] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, p in module._parameters.items():
-            if p is None:
-                continue
-            name = _clean(f"{prefix}.{attribute}" if prefix else attribute)
-            known = by_id.get(id(p))
-            if known is None:
-                by_id[id(p)] = Assignment(name, module, attribute, (name,))
-            elif name not in known.aliases:
-                known.aliases += (name,)
-    return list(by_id.values())
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile and the parallel wrappers, whose parameters have the names the user knows."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def _matcher(
@@ -372,7 +297,7 @@ def _label(selector: Any) -> str:
         return f"re {selector.pattern!r}"
     if isinstance(selector, type):
         return selector.__name__
-    if isinstance(selector, _Weights):
+    if isinstance(selector, (_Weights, _Members)):
         return "default"
     if isinstance(selector, nn.parameter.UninitializedParameter):
         return "uninitialised parameter"
@@ -391,8 +316,3 @@ def _described(value: Any) -> str:
     return (
         f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float, Penalty)) else type(value).__name__
     )
-
-
-def _clean(name: str) -> str:
-    """The name without the parts that torch.compile, FSDP and activation checkpointing add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)

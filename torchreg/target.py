@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from torchreg.monitor.transfer import Transfer, fetch
-from torchreg.optim.groups import checked_scale
-from torchreg.penalties.base import host_scalar
+from torchreg.optim.groups import acting, checked_scale
+from torchreg.penalties.base import Step, host_scalar
+from torchreg.penalties.grouped import Grouped
+from torchreg.sampling import spread, taken
 from torchreg.scales import Scales, checked_count
-from torchreg.zeroing import longest_scale, makes_zeros, taken, zeroing_scale
+from torchreg.zeroing import longest_scale, makes_zeros, nearest_quantile, zeroing_scale
 
 TOLERANCE = 0.005
 """Half a point: how far from its target a fraction may be without a warning."""
@@ -47,6 +49,12 @@ class _Goal:
         """The trainable parameters of its groups."""
         return [p for group in self.scales.groups() for p in group["params"] if p.requires_grad]
 
+    def grain(self) -> float:
+        """The largest fraction of them that becomes zero at once."""
+        grouped = [group for group in self.scales.groups() if isinstance(group["penalty"], Grouped) and group["params"]]
+        largest = [group["penalty"].largest_group([p.shape for p in group["params"]]) for group in grouped]
+        return max(largest, default=0) / max(1, sum(p.numel() for p in self.weights()))
+
 
 class TargetSparsity:
     """Moves the strength scale of a proximal optimizer so that a given fraction of the weights is exactly zero.
@@ -69,7 +77,8 @@ class TargetSparsity:
     `remove`, then `torchreg.freeze_zeros`. Beside it use no schedule for the same groups.
 
     Args:
-        optimizer: a proximal optimizer, whose penalties make zeros of single weights: L1, Elastic Net and the like.
+        optimizer: a proximal optimizer, whose penalties make zeros of single weights, such as L1 and Elastic Net, or of
+            groups, such as `GroupLasso`: the fraction is then right but for half a group.
         target: the fraction of zeros, 0 ≤ target < 1, over all penalised weights that get gradients, or one per rule: a
             mapping from names (the rules' keys, as in `Regularizer.param_groups`) or positions of param groups. Groups
             that are not in it keep their scale, apart from the regularizer's.
@@ -225,13 +234,19 @@ class TargetSparsity:
             if wanted == 0:
                 goal.scales.write([0.0] * len(groups))
                 continue
-            quantile = torch.kthvalue(ratios, wanted).values * _MARGIN  # NaN comes last
+            quantile = nearest_quantile(ratios, wanted) * _MARGIN
             for limit in (longest_scale(point.group["penalty"], step) for point in mine for step in point.steps):
                 quantile = quantile.clamp(max=limit.to(quantile) if isinstance(limit, Tensor) else limit)
             old = [torch.as_tensor(scale, device=quantile.device) for scale in goal.scales.read()]
             goal.scales.write([torch.where(quantile.isfinite(), quantile, scale) for scale in old])
 
     def _sampler(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor | None] | None:
+        """Which weights of a group to have moved; None if it is no goal's."""
+        if isinstance(group["penalty"], Grouped) and self._sample(group, params) is not None:
+            return [None] * len(params)  # what becomes of one depends on its whole group
+        return self._sample(group, params)
+
+    def _sample(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor | None] | None:
         """Which weights of a group to look at; None if it is no goal's."""
         for goal in self._goals:
             if any(group is chosen for chosen in goal.scales.groups()):
@@ -244,6 +259,9 @@ class TargetSparsity:
         parts: list[Tensor] = []
         for point in points:
             origins = point.origins or point.params
+            if isinstance(point.group["penalty"], Grouped):
+                parts += self._of_groups(point, origins)
+                continue
             positions = point.positions or self._sampler(point.group, origins) or []
             for k, step in enumerate(point.steps):
                 step = host_scalar(step)
@@ -255,6 +273,19 @@ class TargetSparsity:
                     step = taken(step.expand(origins[k].shape), at)
                 parts.append(zeroing_scale(point.group["penalty"], weight, step, origins[k].shape, at))
         return torch.cat([part.to(parts[0]) for part in parts]) if parts else None
+
+    def _of_groups(self, point: Any, origins: list[Tensor]) -> list[Tensor]:
+        """As `_ratios`, where weights become zero group by group."""
+        penalty = acting(point.group["penalty"], point.group, origins)
+        moving = [i for i, step in enumerate(point.steps) if isinstance(step, Tensor) or step != 0]
+        if penalty.is_joint and len(moving) != len(point.steps):
+            return []
+        weights = [point.params[i].view(origins[i].shape) for i in moving if origins[i].numel()]
+        steps = [_shaped(point.steps[i], origins[i].shape) for i in moving if origins[i].numel()]
+        assert isinstance(penalty, Grouped)
+        scales = penalty.zeroing_scales(weights, steps)
+        at = self._sample(point.group, [origins[i] for i in moving if origins[i].numel()]) or []
+        return [taken(scale.contiguous(), index) for scale, index in zip(scales, at, strict=True)]
 
     def _zeros(self, goal: _Goal, sample: bool = True) -> Tensor:
         """The fraction of zeros among a goal's weights, or among a sample of them: a float64 0-d tensor."""
@@ -271,14 +302,14 @@ class TargetSparsity:
         size, count = w.numel(), -(-w.numel() * SAMPLE // total)
         key = (size, count, w.device)
         if key not in self._samples:
-            self._samples[key] = _spread(size, count, w.device)
+            self._samples[key] = spread(size, count, w.device)
         return self._samples[key]
 
     def _judge(self, pending: Transfer) -> None:
         """Warn of goals that are missed."""
         self._pending = None
         for goal, reached in zip(self._goals, pending.tensors(), strict=True):
-            if goal.warned or abs(reached.item() - goal.fraction) <= TOLERANCE:
+            if goal.warned or abs(reached.item() - goal.fraction) <= TOLERANCE + goal.grain() / 2:
                 continue
             goal.warned = True
             warnings.warn(
@@ -287,6 +318,10 @@ class TargetSparsity:
                 "of 0 or NaN never become zero; MCP and SCAD zero none beyond γ and a − 1 times their strength.",
                 stacklevel=3,
             )
+
+
+def _shaped(step: Step, shape: torch.Size) -> Step:
+    return step.reshape(shape) if isinstance(step, Tensor) and step.ndim and step.numel() == shape.numel() else step
 
 
 def _goals(optimizer: Any, target: Any) -> list[_Goal]:
@@ -322,9 +357,7 @@ def _check_makes_zeros(group: Mapping[str, Any], index: int, per_rule: bool) -> 
     if makes_zeros(penalty):
         return
     hint = "" if per_rule else "; give a target for each of the other rules instead"
-    raise ValueError(
-        f"Param group {index} has {penalty.type_name}, whose strength does not zero weights one by one{hint}."
-    )
+    raise ValueError(f"Param group {index} has {penalty.type_name}, whose strength does not zero weights{hint}.")
 
 
 def _fraction(name: str, value: Any, most: float = math.nextafter(1, 0)) -> float:
@@ -346,11 +379,3 @@ def _place(scales: Scales) -> None:
             group["strength_scale"] = placed.setdefault(device, torch.tensor(scale, device=device))
         elif scale.device != device:
             group["strength_scale"] = placed.setdefault((id(scale), device), scale.detach().to(device))
-
-
-def _spread(size: int, count: int, device: torch.device) -> Tensor:
-    """``count`` different positions below ``size``, spread evenly over rows and columns: golden ratio's multiples."""
-    stride = max(1, round(size * (math.sqrt(5) - 1) / 2))
-    while math.gcd(stride, size) != 1:
-        stride += 1
-    return torch.arange(count, device=device) * stride % size

@@ -10,11 +10,15 @@ from torch import Tensor
 from torchreg.penalties import Penalty, Strength
 from torchreg.penalties.base import host_scalar
 from torchreg.penalties.concave import _Concave
+from torchreg.penalties.grouped import Grouped
 from torchreg.penalties.separable import is_shrinkage
+from torchreg.sampling import taken
 
 
 def makes_zeros(penalty: Penalty) -> bool:
-    """Whether a larger scale of this penalty zeroes more weights, one by one, in a way that is known."""
+    """Whether a larger scale of this penalty zeroes more weights or groups, in a way that is known."""
+    if isinstance(penalty, Grouped):
+        return any(isinstance(part, Tensor) or part > 0 for part in map(host_scalar, penalty.parts()[:2]))
     return _soft_threshold(penalty) is not None or _law(penalty) is not None
 
 
@@ -56,11 +60,15 @@ def longest_scale(penalty: Penalty, step: float | Tensor) -> float | Tensor:
     return limit / step if isinstance(step, Tensor) or step > 0 else math.inf
 
 
-def taken(w: Tensor, index: Tensor | None) -> Tensor:
-    """The elements at flat positions, or all of them, as a vector."""
-    if index is None:
-        return w.flatten()
-    return w.view(-1).index_select(0, index) if w.is_contiguous() else torch.take(w, index)
+def nearest_quantile(ratios: Tensor, wanted: int) -> Tensor:
+    """The k-th smallest, with k the nearest to ``wanted`` at which no equal ones follow; NaN comes last.
+
+    Those of a group are equal: either all of it become zero, or none.
+    """
+    upper = torch.kthvalue(ratios, wanted).values
+    below, upto = (ratios < upper).sum(), (ratios <= upper).sum()
+    lower = torch.where(ratios < upper, ratios, 0.0).max()
+    return torch.where((below > 0) & (wanted - below < upto - wanted), lower, upper)
 
 
 def _soft_threshold(penalty: Penalty) -> Strength | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchreg.assignments import unwrapped
 from torchreg.coupling import heads as attention_heads
 from torchreg.coupling.components import Assembly, Found, found
 from torchreg.coupling.heads import Attention
@@ -18,7 +19,6 @@ from torchreg.coupling.probe import Probe
 from torchreg.coupling.stand_ins import Example, private_copy, traceable, undisturbed
 from torchreg.coupling.tracing import trace
 from torchreg.coupling.values import Coupling, Couplings, LeftAlone, Member
-from torchreg.rules import _unwrapped
 
 __all__ = ["Attention", "Coupling", "Couplings", "LeftAlone", "Member", "coupled_groups"]
 
@@ -82,7 +82,7 @@ def coupled_groups(
         raise TypeError(f"Expected `model` to be an nn.Module, got {type(model).__name__}.")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ValueError("The model has parameters that are not initialised yet: run one forward pass first.")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     example = Example.of(example_input)
     refused = _refused(model, ignore)
     described = attention_heads.declared(model, heads)

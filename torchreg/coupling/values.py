@@ -10,30 +10,7 @@ import torch
 from torch import Tensor
 
 from torchreg import tables
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A tensor's part in a coupling.
-
-    Attributes:
-        name: the parameter's name in ``model.named_parameters()`` (a tied one has one name), or a buffer's.
-        dim: the dimension whose slices belong to channels.
-        labels: int64, one per slice: the channel that it belongs to, −1 if to none.
-    """
-
-    name: str
-    dim: int
-    labels: Tensor
-
-    def slices(self, channels: Tensor) -> Tensor:
-        """The indices along `dim` of the slices of some channels.
-
-        Args:
-            channels: bool, one per channel of the coupling.
-        """
-        labels = self.labels.cpu()
-        return ((labels >= 0) & channels[labels.clamp(min=0)]).nonzero().flatten()
+from torchreg.groups import Member as Member
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +53,7 @@ class Coupling:
         for member in members:
             w = tensors[member.name].detach()
             nonzero = (w != 0).transpose(0, member.dim).flatten(1).any(1).cpu() if w.ndim > 1 else (w != 0).cpu()
-            labels = member.labels.cpu()
+            labels = member.labels
             held[labels[labels >= 0]] = True
             alive[labels[(labels >= 0) & nonzero]] = True
         return held & ~alive

@@ -24,47 +24,46 @@ class Member:
     Args:
         name: the parameter's qualified name.
         dim: the dimension whose slices belong to the groups.
-        labels: the group of each slice, an int64 vector with one number for each, −1 for a slice that is in none; or
-            the number of slices, n for the groups 0 … n − 1 in this order. It is copied.
+        labels: the group of each slice: an int64 vector with one number for each, −1 for a slice that is in none. It is
+            copied.
 
     Raises:
         ValueError: if a label is below −1, or the dimension negative.
         TypeError: if the labels are none.
 
+    >>> import torch
     >>> from torchreg.groups import Member
-    >>> Member("0.bias", labels=3)
+    >>> Member("0.bias", 0, torch.arange(3))
     Member('0.bias', dim=0, 3 slices)
     """
 
     name: str
-    dim: int = 0
-    labels: Tensor | int = dataclasses.field(kw_only=True)
+    dim: int
+    labels: Tensor
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"Expected `name` to be a parameter's name, got {self.name!r}.")
         object.__setattr__(self, "dim", checked_int("dim", self.dim, least=0))
         labels = self.labels
-        if not isinstance(labels, Tensor):
-            labels = torch.arange(checked_int("labels", labels, least=0))
         allowed = f"Expected the labels of {self.name!r} to be an int64 vector with a group for each slice, −1 for none"
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"{allowed}, got {type(labels).__name__}.")
         if labels.dtype != torch.int64 or labels.layout != torch.strided or labels.ndim != 1:
             raise TypeError(f"{allowed}, got {labels.dtype}, {labels.ndim} dimensions, the layout {labels.layout}.")
         if labels.numel() and int(labels.min()) < -1:
             raise ValueError(f"{allowed}, got the label {int(labels.min())}.")
         object.__setattr__(self, "labels", labels.detach().cpu().clone())
 
-    @property
-    def vector(self) -> Tensor:
-        """The labels."""
-        assert isinstance(self.labels, Tensor)
-        return self.labels
+    def slices(self, groups: Tensor) -> Tensor:
+        """The indices along `dim` of the slices of some groups: those where the bool vector ``groups`` is true."""
+        return ((self.labels >= 0) & groups[self.labels.clamp(min=0)]).nonzero().flatten()
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ``ValueError`` unless a parameter of this shape has these slices."""
-        if self.dim >= len(shape) or shape[self.dim] != len(self.vector):
+        if self.dim >= len(shape) or shape[self.dim] != len(self.labels):
             raise ValueError(
-                f"Expected parameter {self.name!r} to have {len(self.vector)} slices along dimension {self.dim}, as "
+                f"Expected parameter {self.name!r} to have {len(self.labels)} slices along dimension {self.dim}, as "
                 f"the groups have that it shares, got the shape {tuple(shape)}."
             )
 
@@ -72,13 +71,13 @@ class Member:
         if not isinstance(other, Member):
             return NotImplemented
         same = (self.name, self.dim) == (other.name, other.dim)
-        return same and (self.vector is other.vector or torch.equal(self.vector, other.vector))
+        return same and (self.labels is other.labels or torch.equal(self.labels, other.labels))
 
     def __hash__(self) -> int:
-        return hash((self.name, self.dim, len(self.vector)))
+        return hash((self.name, self.dim, len(self.labels)))
 
     def __repr__(self) -> str:
-        return f"Member({self.name!r}, dim={self.dim}, {len(self.vector)} slices)"
+        return f"Member({self.name!r}, dim={self.dim}, {len(self.labels)} slices)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,8 @@ class Shared(Groups):
     >>> import torch, torchreg
     >>> from torchreg.groups import Member, Shared
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-    >>> units = Shared([Member("0.weight", labels=3), Member("0.bias", labels=3), Member("2.weight", 1, labels=3)])
+    >>> unit = torch.arange(3)
+    >>> units = Shared([Member("0.weight", 0, unit), Member("0.bias", 0, unit), Member("2.weight", 1, unit)])
     >>> reg = torchreg.Regularizer(model, torchreg.GroupLasso(1e-2, units))
     >>> [name for name, _, _ in reg.penalized()]
     ['0.weight', '0.bias', '2.weight']
@@ -122,7 +122,7 @@ class Shared(Groups):
         if twice is not None:
             raise ValueError(f"Parameter {twice!r} is a member twice: groups that overlap have no proximal operator.")
         parts = tuple((str(name), checked_int("parts", count, least=0)) for name, count in self.parts)
-        used = torch.bincount(torch.cat([m.vector[m.vector >= 0] for m in members]))
+        used = torch.bincount(torch.cat([m.labels[m.labels >= 0] for m in members]))
         if parts and sum(count for _, count in parts) < len(used):
             raise ValueError(f"Expected the parts to have {len(used)} groups together, got {sum(c for _, c in parts)}.")
         if bool((used == 0).any()):
@@ -139,7 +139,7 @@ class Shared(Groups):
     def total(self) -> int:
         """The number of groups."""
         if "total" not in self._known:
-            largest = max((int(m.vector.max()) + 1 for m in self.members if len(m.vector)), default=0)
+            largest = max((int(m.labels.max()) + 1 for m in self.members if len(m.labels)), default=0)
             self._known["total"] = sum(count for _, count in self.parts) or largest
         return self._known["total"]
 
@@ -165,7 +165,7 @@ class Shared(Groups):
                 )
             for member, shape in zip(self.members, shapes, strict=True):
                 member.check(shape)
-            dims, labels = [m.dim for m in self.members], [m.vector for m in self.members]
+            dims, labels = [m.dim for m in self.members], [m.labels for m in self.members]
             self._known[key] = Runs(shapes, dims, labels, self.total, device)
         return self._known[key]
 

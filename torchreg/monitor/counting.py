@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from torchreg.assignments import PenalizedModel
 from torchreg.penalties import tiles
-from torchreg.rules import PenalizedModel
 
 NOT_APPLICABLE = -1
 """Stands for the rows and columns of a tensor that has none (fewer than two dimensions)."""

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 from torch.utils.hooks import RemovableHandle
 
 from torchreg import kernels
-from torchreg.optim.groups import checked_penalty, checked_scale
+from torchreg.optim.groups import acting, checked_penalty, checked_scale
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.optim.preview import previewed
 from torchreg.penalties import L1
@@ -181,7 +181,8 @@ class ProximalOptimizer(PenalizedOptimizer):
             step = self._hyperparameters(group)
             assert step.penalty is not None
             seeds = tensors.seeds if step.stochastic_rounding else []
-            kernels.shrink(tensors.params, step.penalty, step.prox_steps(tensors), seeds, step.differentiable)
+            penalty = acting(step.penalty, group, tensors.params)
+            kernels.shrink(tensors.params, penalty, step.prox_steps(tensors), seeds, step.differentiable)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -231,6 +232,7 @@ def usable_penalty(group: Mapping[str, Any]) -> Any:
         if not is_shrinkage(penalty):
             for p in group["params"]:
                 penalty.check_weight(p)
+            penalty.check_together([p.shape for p in group["params"]])
         elif any(isinstance(s, Tensor) for s in penalty.strengths().values()):
             for p in group["params"]:
                 penalty.check_shape(p.shape)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchreg.optim.groups import acting
 from torchreg.penalties import Penalty
 
 
@@ -76,7 +77,7 @@ class Composite:
             penalty, mine = group["penalty"], moved[at : at + len(params)]
             at += len(params)
             if penalty is not None and mine:
-                penalty.prox_all_(mine, [step * float(group["lr"]) * scale] * len(mine))
+                acting(penalty, group, params).prox_all_(mine, [step * float(group["lr"]) * scale] * len(mine))
         return moved
 
     def check_step(self, step: float) -> None:
@@ -115,7 +116,7 @@ class Composite:
     def _penalties(self) -> list[tuple[Penalty | None, int]]:
         """Each group's penalty at its scale, and the number of its parameters."""
         return [
-            (group["penalty"] and group["penalty"].scaled(scale), len(params))
+            (group["penalty"] and acting(group["penalty"], group, params).scaled(scale), len(params))
             for (group, params), scale in zip(self._groups, self._scales, strict=True)
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,18 @@ def check_penalized_params(group: Mapping[str, Any], index: int) -> None:
             penalty.check_weight(p)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
+    try:
+        penalty.check_together([p.shape for p in group["params"]])
+    except ValueError as error:
+        raise ValueError(f"Group {index}: {error}") from None
+
+
+def acting(penalty: Penalty, group: Mapping[str, Any], params: Sequence[Tensor]) -> Penalty:
+    """A group's penalty on those of its parameters that are stepped."""
+    if not penalty.is_joint or len(params) == len(group["params"]):
+        return penalty
+    stepped = set(map(id, params))
+    return penalty.restricted([i for i, p in enumerate(group["params"]) if id(p) in stepped])
 
 
 def check_takes_steps(penalty: Penalty, optimizer: str) -> None:

@@ -15,6 +15,7 @@ from torchreg import kernels
 from torchreg.hook import is_attached
 from torchreg.optim.base import ProxPoint, rounding_seed, usable_penalty
 from torchreg.optim.groups import (
+    acting,
     adopt_penalties,
     check_form,
     check_penalized_params,
@@ -322,7 +323,8 @@ class Proximal(Optimizer):
             for part in [entries] if penalty.is_joint else [[entry] for entry in entries]:  # one metric at a time
                 params = [p for _, p in part]
                 steps = [self._scaled(self._steps.unit(group, p), group, p) for p in params]
-                kernels.shrink(params, penalty, steps, [self._seed(p, index) for index, p in part] if rounds else [])
+                seeds = [self._seed(p, index) for index, p in part] if rounds else []
+                kernels.shrink(params, acting(penalty, group, params), steps, seeds)
 
     def _scaled(self, unit: Step, group: Mapping[str, Any], p: Tensor) -> Step:
         """The step times the strength scale, or zero where the device has skipped the descent."""

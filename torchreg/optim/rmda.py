@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchreg.optim.base import usable_penalty
-from torchreg.optim.groups import checked_penalty, checked_scale
+from torchreg.optim.groups import acting, checked_penalty, checked_scale
 from torchreg.optim.hyperparameters import product, scalar
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.penalties import Penalty
@@ -184,7 +184,7 @@ class RMDA(PenalizedOptimizer):
         if penalty is not None:
             scale = scalar(group["strength_scale"])
             steps = [product(self.state[p]["alpha"] / math.sqrt(self.state[p]["step"]), scale) for p in params]
-            penalty.prox_all_([moved[p] for p in params], steps)
+            acting(penalty, group, params).prox_all_([moved[p] for p in params], steps)
         if group["momentum"] == 0:
             for p in params:
                 p.copy_(moved[p])

@@ -246,6 +246,29 @@ class Penalty(ABC):
         """The `optimality_residual` of all weights of one rule: of each by itself unless the penalty `is_joint`."""
         return [self.optimality_residual(w, grad) for w, grad in zip(weights, grads, strict=True)]
 
+    def grad_all(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The `grad` of all weights of one rule: of each by itself unless the penalty `is_joint`."""
+        return [self.grad(w) for w in weights]
+
+    def strengths_max(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The `strength_max` of all weights of one rule, which is one for all if the penalty `is_joint`."""
+        return [self.strength_max(grad) for grad in grads]
+
+    def members(self) -> tuple[str, ...] | None:
+        """The names of the parameters that share the penalty's groups, or None where any may have it."""
+        return None
+
+    def bound(self: P, names: Sequence[str]) -> P:
+        """The penalty on those of its `members`, in this order."""
+        return self
+
+    def restricted(self: P, positions: Sequence[int]) -> P:
+        """The penalty on those of a rule's weights that are at these positions."""
+        return self
+
+    def check_together(self, shapes: Sequence[torch.Size]) -> None:  # noqa: B027
+        """Raise ``ValueError`` unless all weights of a rule fit the penalty together."""
+
     @classmethod
     def strength_names(cls) -> tuple[str, ...]:
         """The names of the fields that hold strengths."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from torchreg.cuts import Cut, _Grid
+from torchreg.cuts import Cut, Grid
 from torchreg.groups import Groups, as_groups
 from torchreg.penalties.base import Step, arithmetic, checked_weight, paired
 from torchreg.penalties.constraints import _Constraint, _ready
@@ -165,7 +165,7 @@ class TopK(_Constraint):
         """The groups of a weight, or every weight as one."""
         if isinstance(self.groups, Groups):
             return self.groups.of(shape)
-        return _Grid(tuple(shape), tuple(range(len(shape))))
+        return Grid(tuple(shape), tuple(range(len(shape))))
 
     def _there(self, weights: Sequence[Tensor]) -> int:
         return sum(self._cut(w.shape).count for w in weights)
