@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from torchreg import tables
 from torchreg.groups import Member as Member
+from torchreg.groups import Shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +102,26 @@ class Couplings(Sequence[Coupling]):
                 return coupling
         raise KeyError(f"No coupling {key!r} among {len(self)}: {', '.join(c.name for c in self)}.")
 
+    def groups(self, *names: str, users: bool = False) -> Shared:
+        """The channels as groups that a penalty takes: ``GroupLasso(1e-3, couplings.groups())``.
+
+        A group is a channel in all tensors that make it (weight rows, bias, norm), so that it can be removed once it is
+        zero; of a channel that does not vanish then, such as one before a sigmoid, also in those that use it.
+
+        Args:
+            names: globs on the couplings' names; by default all of them.
+            users: whether the columns of the next layers belong to a channel too. Layers that make one coupling and
+                use another are then in groups that overlap, which is refused: choose every second.
+
+        Raises:
+            ValueError: if a name matches no coupling, there is none, or groups overlap.
+        """
+        for glob in names:
+            if not any(fnmatch.fnmatchcase(c.name, glob) for c in self):
+                raise ValueError(f"The name {glob!r} matches none of the couplings {', '.join(c.name for c in self)}.")
+        chosen = [c for c in self if not names or any(fnmatch.fnmatchcase(c.name, glob) for glob in names)]
+        return _shared(chosen, users=users)
+
     def __len__(self) -> int:
         return len(self.couplings)
 
@@ -113,6 +135,34 @@ class Couplings(Sequence[Coupling]):
             return text
         rest = [(c.name, str(c.count), c.reason) for c in self.left_alone]
         return f"{text}\n\n{tables.render(('left alone', 'channels', 'because'), rest, left=3)}"
+
+
+def _shared(couplings: Iterable[Coupling], *, users: bool = False) -> Shared:
+    """A group for each channel of each coupling, numbered through.
+
+    Raises:
+        ValueError: if there are none, or two of them would overlap.
+    """
+    labels: dict[str, tuple[int, Tensor]] = {}
+    owners: dict[str, str] = {}
+    parts: list[tuple[str, int]] = []
+    offset = 0
+    for coupling in couplings:
+        for m in coupling.makers + (coupling.users if users or not coupling.vanishes else ()):
+            shifted = torch.where(m.labels < 0, -1, m.labels + offset)
+            dim, known = labels.get(m.name, (m.dim, torch.full_like(shifted, -1)))
+            if dim != m.dim or bool(((known >= 0) & (shifted >= 0)).any()):
+                raise ValueError(
+                    f"The couplings {owners[m.name]!r} and {coupling.name!r} both hold weights of {m.name!r}, and "
+                    "groups that overlap have no proximal operator: choose couplings by name, or leave their users out."
+                )
+            labels[m.name] = dim, torch.where(shifted >= 0, shifted, known)
+            owners[m.name] = coupling.name
+        parts.append((coupling.name, coupling.count))
+        offset += coupling.count
+    if not parts:
+        raise ValueError("Expected at least one coupling to make groups of, got none.")
+    return Shared(tuple(Member(name, dim, vector) for name, (dim, vector) in labels.items()), tuple(parts))
 
 
 def _names(members: Sequence[Member]) -> list[str]:
