@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from optimizer_cases import PENALTIES, parameters, set_gradients, snapshot
-from test_fused_step import Poisoned, brute_force, drawn, one_and_two_threads, spread, using
+from test_fused_step import RUNS, Poisoned, brute_force, drawn, dtypes, grouped, one_and_two_threads, spread, using
 from test_triton_step import COMPILE
 from torch import nn
 from triton_support import require_triton
@@ -141,6 +141,23 @@ def test_large_tensors_in_several_pieces_touch_no_other_memory(hyper, threads, p
     theirs.seeds = []
     assert_equal(ours, theirs)
     assert all(group.untouched() for group in guarded)
+
+
+@one_and_two_threads
+@dtypes
+@grouped
+def test_groups_of_all_sizes_agree(penalty, dtype, threads):
+    require("native", dtype)
+    for hyper in (HYPERS["identity"], {**HYPERS["all"], "identity": True, "decoupled_weight_decay": True}):
+        step, shapes = a_step(penalty("rows"), **hyper), [(max(3, 2000 // run), run) for run in RUNS]
+        start = tensors(drawn(shapes, dtype), drawn(shapes, dtype, 1), step)
+        start.seeds = []
+        ours, theirs = copied(start), start
+        for _ in range(2):
+            with using(threads):
+                run("native", ours, step)
+            ADAM.eager(theirs, step, False)
+        assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("strength", [1e30, torch.tensor([1e30, 0.0, 1e-30])], ids=["number", "tensor"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchreg import L1, L2, ElasticNet, ProxSGD
+from torchreg import L1, L2, ElasticNet, GroupLasso, ProxSGD, SparseGroupLasso
+from torchreg.groups import Blocks, Heads
 from torchreg.kernels import SGD, FusedSteps, SGDStep, SGDTensors, native, proximal_step, reference
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no kernel: {native.unavailable()}")
@@ -53,6 +54,13 @@ PENALTIES = {
     "l2 per coordinate": lambda w: ElasticNet(0.3, spread(w).double()),
     "both per coordinate": lambda w: ElasticNet(spread(w), spread(w)),
     "beyond the type's range": lambda w: L1(1e300),
+    "GroupLasso of rows": lambda w: GroupLasso(0.5),
+    "GroupLasso of the tensor": lambda w: GroupLasso(torch.tensor(0.2), "tensor", "none"),
+    "GroupLasso of blocks": lambda w: GroupLasso(0.4, Blocks(5), group_weight="sqrt"),
+    "GroupLasso of nothing": lambda w: GroupLasso(0.0),
+    "GroupLasso beyond the type's range": lambda w: GroupLasso(1e300),
+    "SparseGroupLasso": lambda w: SparseGroupLasso(0.1, 0.3, "rows", l2=0.2),
+    "SparseGroupLasso of 0-d tensors": lambda w: SparseGroupLasso(*map(torch.tensor, (0.2, 0.1)), l2=torch.tensor(0.3)),
 }
 
 dtypes = pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
@@ -154,6 +162,95 @@ def test_strengths_of_each_coordinate_reach_over_pieces(dtype, threads):
         )
 
 
+GROUPED = {
+    "GroupLasso": lambda groups: GroupLasso(0.3, groups),
+    "SparseGroupLasso": lambda groups: SparseGroupLasso(0.1, 0.2, groups, l2=0.2),
+}
+grouped = pytest.mark.parametrize("penalty", GROUPED.values(), ids=GROUPED)
+RUNS = (
+    1,
+    2,
+    3,
+    31,
+    33,
+    63,
+    64,
+    65,
+    100,
+    BLOCK - 1,
+    BLOCK,
+    BLOCK + 1,
+    3 * BLOCK + 5,
+    4 * BLOCK,
+    4 * BLOCK + 1,
+    PIECE + 3,
+)
+
+
+@dtypes
+@grouped
+@one_and_two_threads
+def test_groups_of_all_sizes_agree(penalty, dtype, threads):
+    weights = drawn([(max(3, 5000 // run), run) for run in RUNS], dtype)
+    for hyper in ({}, {"nesterov": True, "weight_decay": 0.2}):
+        step = SGDStep(**{**vars(STEP), "penalty": penalty("rows"), **hyper})
+        assert_agrees(weights, step, steps=2, threads=threads)
+
+
+@grouped
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_huge_and_tiny_groups_keep_their_digits(penalty, momentum):
+    """Where squares leave the range of the type, which the reference's norms do not survive: one in float64 is."""
+    for dtype, scales in ((torch.float32, (1e-30, 1e-21, 1e25)), (torch.float64, (1e-200, 1e-160, 1e200))):
+        for run, scale in itertools.product((3, 200, 5000), scales):
+            (w,) = drawn([(4, run)], dtype)
+            step = SGDStep(**{**vars(STEP), "penalty": penalty("rows").scaled(scale), "momentum": momentum})
+            ours, theirs = (w * scale).clone(), w.double()
+            zero, fused = torch.zeros_like(w), FusedSteps(SGD)
+            buffers = [torch.zeros_like(w)] if momentum else []
+            proximal_step(
+                SGD, [(SGDTensors([ours], [zero], buffers, [False] * len(buffers)), step)], [(True, None)], fused
+            )
+            # prox of the scaled penalty at the scaled weight; the l2 part scales with the strength, not with the weight
+            parts = penalty("rows").parts()
+            expected = SparseGroupLasso(parts[0], parts[1], "rows", l2=parts[2] * scale).prox(theirs, step.prox_step)
+            torch.testing.assert_close(ours.double() / scale, expected, rtol=1e-5, atol=1e-6)
+
+
+@grouped
+def test_groups_with_nan_and_infinity_are_those_of_the_reference(penalty):
+    for run in (3, 100, BLOCK, 5 * BLOCK):
+        (w,) = drawn([(5, run)], torch.float32)
+        w[0, 1], w[1, 0], w[2, run - 1] = torch.nan, torch.inf, -torch.inf
+        w[3] = 0
+        assert_agrees([w, w.clone()], SGDStep(**{**vars(STEP), "penalty": penalty("rows")}))
+
+
+LIE_IN_MEMORY = {
+    "rows": ("rows", lambda w: w),
+    "rows of channels_last": ("rows", lambda w: w.to(memory_format=torch.channels_last)),
+    "kernels": ("kernels", lambda w: w),
+    "heads": (Heads(3), lambda w: w),
+    "heads in a packed weight": (Heads(1, packed=3), lambda w: w),
+    "columns of a transposed weight": ("columns", lambda w: w.transpose(0, 1)),
+    "columns, one row": ("columns", lambda w: w[:1]),
+    "rows left out": ("rows", lambda w: w[::2]),
+    "no rows": ("rows", lambda w: w[:0]),
+    "empty rows": ("rows", lambda w: w[:, :0]),
+    "blocks along a dimension of one": (Blocks(1, dim=1), lambda w: w[:, :1]),
+}
+
+
+@grouped
+@pytest.mark.parametrize(("groups", "view"), LIE_IN_MEMORY.values(), ids=LIE_IN_MEMORY)
+def test_layouts_with_groups_agree(groups, view, penalty):
+    (w,) = drawn([(6, 4, 5, 3)], torch.float32)
+    step = SGDStep(**{**vars(STEP), "penalty": penalty(groups)})
+    elsewhere = torch.randn(view(w).shape[::-1]).permute(3, 2, 1, 0)
+    assert_agrees([view(w)] * 2, step)
+    assert_agrees([view(w)] * 2, step, grads=[elsewhere] * 2, momentum=[elsewhere] * 2)
+
+
 def layouts() -> dict[str, Tensor]:
     (w,) = drawn([(6, 4, 5, 3)], torch.float32)
     return {
@@ -227,6 +324,8 @@ def several_groups():
         {"params": weights((50,), (7, 3), dtype=torch.float64), "penalty": None, "momentum": 0.0},
         {"params": [*weights((20, 5)), *weights((20, 5), dtype=torch.float64)], "penalty": ElasticNet(0.1, 0.3)},
         {"params": weights((5, 4)), "penalty": L2(spread(torch.zeros(5, 4))), "lr": 0.3, "strength_scale": 0.5},
+        {"params": weights((30, 9), (7, 6000), (5, 0)), "penalty": GroupLasso(0.2)},
+        {"params": weights((50, 200), dtype=torch.float64), "penalty": SparseGroupLasso(0.2, 0.1, "tensor", l2=0.3)},
     ]
 
 
@@ -249,6 +348,12 @@ def test_what_changes_between_steps_is_noticed():
         "memory format of one": lambda opt, group: _set(group["params"][0], torch.contiguous_format),
         "penalty": lambda opt, group: group.update(penalty=ElasticNet(strength / 2, strength)),
         "another penalty of this kind": lambda opt, group: group.update(penalty=ElasticNet(0.1, 0.2)),
+        "groups": lambda opt, group: group.update(penalty=GroupLasso(0.1, "tensor")),
+        "other groups": lambda opt, group: group.update(penalty=GroupLasso(0.1, "rows")),
+        "their strength": lambda opt, group: group.update(penalty=GroupLasso(0.2, "rows", "none")),
+        "memory format with groups": lambda opt, group: [_set(p, torch.channels_last) for p in group["params"]],
+        "groups across memory": lambda opt, group: group.update(fused=None, penalty=GroupLasso(0.2, "kernels")),
+        "no groups": lambda opt, group: group.update(penalty=L1(0.1)),
         "dtype": lambda opt, group: [setattr(p, "data", p.double()) for p in group["params"]],
         "frozen": lambda opt, group: group["params"].pop(),
     }

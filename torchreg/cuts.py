@@ -49,6 +49,10 @@ class Cut(ABC):
     def spread(self, values: Tensor) -> Tensor:
         """The value of each group at all its weights: a tensor that broadcasts to arranged ones."""
 
+    def run(self, x: Tensor) -> int | None:
+        """The size of the groups if each is a run of neighbours in the memory of the dense tensor ``x``, else None."""
+        return None
+
 
 class Grid(Cut):
     """Groups that are told apart by the ``kept`` dimensions of a view of the ``shape``."""
@@ -78,6 +82,12 @@ class Grid(Cut):
 
     def spread(self, values: Tensor) -> Tensor:
         return values.reshape(self.grid)
+
+    def run(self, x: Tensor) -> int | None:
+        y = self.arranged(x)
+        outwards = sorted((stride, dim) for dim, stride in enumerate(y.stride()) if y.shape[dim] > 1)
+        is_inner = [dim in self.inner for _, dim in outwards]
+        return max(1, math.prod(y.shape[dim] for dim in self.inner)) if is_inner == sorted(is_inner)[::-1] else None
 
 
 class Labelled(Cut):

@@ -26,7 +26,6 @@ class _Plan(ctypes.Structure):
         ("tensors", ctypes.c_int64),
         ("pieces", ctypes.c_void_p),
         ("count", ctypes.c_int64),
-        ("piece_size", ctypes.c_int64),
         ("hypers", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
     ]
@@ -54,12 +53,10 @@ def run(name: str, plan: Plan) -> None:
         plan.table.shape[1],
         plan.pieces.ctypes.data,
         count,
-        plan.piece_size,
         plan.hypers.ctypes.data,
         plan.counts.data_ptr(),
     )
-    sizes = plan.table[COLUMNS.index("size")]
-    threads.run(function, ctypes.byref(view), sizes, plan.pieces, plan.piece_size)
+    threads.run(function, ctypes.byref(view), plan.pieces)
 
 
 def _library(name: str) -> ctypes.CDLL:

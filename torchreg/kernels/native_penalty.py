@@ -61,9 +61,9 @@ def _run(name: str, table: PenaltyTable, pieces: Any, **fields: float) -> None:
     if not pieces.shape[1]:
         return
     function = getattr(_library(), f"{name}_{str(table.dtype).removeprefix('torch.')}")
-    rows = (*table.table, *table.strengths, *pieces)
+    rows = (*table.table, *table.strengths, *pieces[:2])
     view = _Table(*(row.ctypes.data for row in rows), PIECE_SIZE, **fields)
-    threads.run(function, ctypes.byref(view), table.sizes, pieces, PIECE_SIZE)
+    threads.run(function, ctypes.byref(view), pieces)
 
 
 @functools.cache

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchreg.kernels.fused_form import run, strengths
 from torchreg.kernels.pieces import cut
 from torchreg.kernels.problem import AdamStep, SGDStep, Tensors
 from torchreg.penalties.base import arithmetic
 from torchreg.penalties.separable import _Shrinkage
 from torchreg.penalties.tiles import is_dense
 
-COLUMNS = ("w", "g", "m", "v", "x", "size", "l1", "l2", "seed", "group", "first", "step")
-"""int64, per tensor: addresses (0: none), elements, the row of its hyperparameters, whether its momentum is fresh, and
-the number of the step. ``m`` is the momentum or first moment, ``v`` and ``x`` are Adam's second one and its maximum."""
+COLUMNS = ("w", "g", "m", "v", "x", "size", "l1", "l2", "seed", "group", "first", "step", "run")
+"""int64, per tensor: addresses (0: none), elements, the row of its hyperparameters, whether its momentum is fresh, the
+number of the step, and the elements of every group of weights that are shrunk together (0: none are). ``m`` is the
+momentum or first moment, ``v`` and ``x`` are Adam's second one and its maximum."""
 
 ADDRESSES = 5
 """The first columns: of the weights, the gradients and the optimizer's buffers."""
@@ -37,7 +39,7 @@ class Plan:
         params: the parameters, in the order of the table's columns.
         table: int64, a row for each of `COLUMNS`, a column per tensor.
         hypers: float64, a row per param group, a column for each of the step's ``HYPERS``.
-        pieces: int64, the tensor and the first element of every piece of at most ``piece_size`` elements.
+        pieces: int64, the tensor, the first element and the number of elements of every piece; see `cut`.
         counts: float64, a row per piece, a column for each of `COUNTS`.
         traced: hyperparameters that are tensors on a device, as (row, column, tensor): the host does not read them.
         late: columns of the table some of whose entries are tensors on a device, by name.
@@ -56,7 +58,7 @@ class Plan:
         self.params: list[Tensor] = []
         self.table = np.zeros((len(COLUMNS), 0), dtype=np.int64)
         self.hypers = np.zeros((0, len(step.HYPERS)))
-        self.pieces = np.zeros((2, 0), dtype=np.int64)
+        self.pieces = np.zeros((3, 0), dtype=np.int64)
         self.counts = torch.zeros(0, len(COUNTS), dtype=torch.float64, device=device)
         self.traced: list[tuple[int, int, Tensor]] = []
         self.late: dict[str, list[int | Tensor]] = {}
@@ -92,6 +94,8 @@ class Plan:
             self._hyperparameters(row, step)
             self._strength_addresses(table[:, here], tensors.params, step)
             table[COLUMNS.index("group"), here] = row
+            if not same:
+                table[COLUMNS.index("run"), here] = [run(p, step.penalty) or 0 for p in tensors.params]
             for name, values in {"seed": tensors.seeds, **step.columns(tensors)}.items():
                 if values:
                     columns.setdefault(name, [0] * n)[here] = values
@@ -104,9 +108,9 @@ class Plan:
                 table[COLUMNS.index(name)] = np.array(values, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
             else:
                 table[COLUMNS.index(name)] = values or 0
-        sizes, known = table[COLUMNS.index("size")], self.table[COLUMNS.index("size")]
-        if not same and not (_identical(self.params, params) and np.array_equal(sizes, known)):
-            self._cut(sizes)
+        shapes = [COLUMNS.index(name) for name in ("size", "run")]
+        if not same and not (_identical(self.params, params) and np.array_equal(table[shapes], self.table[shapes])):
+            self._cut(*table[shapes])
         self.params, self.table = params, table
 
     def owners(self) -> Tensor:
@@ -121,8 +125,8 @@ class Plan:
             original.copy_(copy)
         self._copies = []
 
-    def _cut(self, sizes: Any) -> None:
-        self.pieces = cut(tuple(sizes.tolist()), self.piece_size)
+    def _cut(self, sizes: Any, runs: Any) -> None:
+        self.pieces = cut(tuple(sizes.tolist()), self.piece_size, tuple(runs.tolist()))
         self.counts = torch.zeros(self.pieces.shape[1], len(COUNTS), dtype=torch.float64, device=self.device)
         self._owners = None
 
@@ -178,8 +182,7 @@ class Plan:
         return room
 
     def _hyperparameters(self, row: int, step: SGDStep | AdamStep) -> None:
-        l1, l2 = step.penalty.parts() if isinstance(step.penalty, _Shrinkage) else (0.0, 0.0)
-        for column, value in enumerate(step.hypers(l1, l2)):
+        for column, value in enumerate(step.hypers(strengths(step.penalty))):
             if not isinstance(value, Tensor):
                 self.hypers[row, column] = value
             elif value.ndim and value.numel() != 1:

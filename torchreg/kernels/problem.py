@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torchreg.kernels.fused_form import Strengths
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import Step, arithmetic, like
 
@@ -89,7 +90,10 @@ class SGDStep:
     ``prox_step`` is the step τ of the proximal operator: learning rate times momentum gain times strength scale.
     """
 
-    HYPERS: ClassVar = ("lr", "momentum", "gain", "decay", "prox_step", "l1", "l2", "sign", "nesterov", "rounds")
+    HYPERS: ClassVar = (
+        *("lr", "momentum", "gain", "decay", "prox_step", "sign", "nesterov", "rounds"),
+        *Strengths._fields,
+    )
     """What a fused step is told; ``gain`` is 1 − dampening, ``sign`` −1 to maximise."""
 
     lr: Number
@@ -103,12 +107,17 @@ class SGDStep:
     stochastic_rounding: bool
     differentiable: bool = False
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all weights have the same proximal step."""
+        return True
+
     def check(self) -> None:
         """Raise ``ValueError`` if the penalty refuses so long a step."""
         if self.penalty is not None:
             self.penalty.check_step(self.prox_step)
 
-    def hypers(self, l1: Number, l2: Number) -> tuple[Number, ...]:
+    def hypers(self, strengths: Strengths) -> tuple[Number, ...]:
         """The values of `HYPERS`."""
         return (
             self.lr,
@@ -116,11 +125,10 @@ class SGDStep:
             1 - self.dampening,
             self.weight_decay,
             self.prox_step,
-            l1,
-            l2,
             -1.0 if self.maximize else 1.0,
             float(self.nesterov),
             float(self.stochastic_rounding and self.penalty is not None),
+            *strengths,
         )
 
     def columns(self, tensors: SGDTensors) -> dict[str, list[Any]]:
@@ -142,7 +150,8 @@ class AdamStep:
     """
 
     HYPERS: ClassVar = (
-        *("lr", "beta1", "beta2", "eps", "decay", "keep", "prox_step", "l1", "l2", "sign", "identity", "rounds"),
+        *("lr", "beta1", "beta2", "eps", "decay", "keep", "prox_step", "sign", "identity", "rounds"),
+        *Strengths._fields,
     )
     """What a fused step is told; ``decay`` is coupled, ``keep`` is 1 − lr·weight_decay if decoupled."""
 
@@ -161,12 +170,17 @@ class AdamStep:
     capturable: bool = False
     differentiable: bool = False
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all weights have the same proximal step."""
+        return self.identity
+
     def check(self) -> None:
         """Raise ``ValueError`` if the penalty refuses so long a step; it takes any where steps differ."""
         if self.penalty is not None and self.identity:
             self.penalty.check_step(self.prox_step)
 
-    def hypers(self, l1: Number, l2: Number) -> tuple[Number, ...]:
+    def hypers(self, strengths: Strengths) -> tuple[Number, ...]:
         """The values of `HYPERS`."""
         decoupled = self.decoupled_weight_decay
         lr = self.lr.double() if isinstance(self.lr, Tensor) else self.lr
@@ -178,11 +192,10 @@ class AdamStep:
             0.0 if decoupled else self.weight_decay,
             1 - lr * self.weight_decay if decoupled else 1.0,
             self.prox_step,
-            l1,
-            l2,
             -1.0 if self.maximize else 1.0,
             float(self.identity),
             float(self.stochastic_rounding and self.penalty is not None),
+            *strengths,
         )
 
     def columns(self, tensors: AdamTensors) -> dict[str, list[Any]]:

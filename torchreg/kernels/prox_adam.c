@@ -49,6 +49,49 @@ INLINE void NAME(block)(
     NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);
 }
 
+struct NAME(Work) {
+    const T *w, *g;
+    T *m, *v, *x;
+    NAME(Numbers) h;
+};
+
+/* The flags are constants where this is called. */
+INLINE T NAME(descent)(
+    const T *restrict w, const T *restrict g, T *restrict m, T *restrict v, T *restrict x, T *restrict y, int n,
+    const NAME(Numbers) h, const int amsgrad, const int again)
+{
+    T squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int i = 0; i < n; i++) {
+        const T old = w[i];
+        if (!again) {
+            const T u = h.sign * g[i] + (h.decay != 0 ? h.decay * old : 0); /* 0 * inf is NaN */
+            m[i] += h.grown1 * (u - m[i]);
+            v[i] = h.beta2 * v[i] + h.grown2 * u * u;
+            if (amsgrad) /* NaN wins, as in torch.maximum */
+                x[i] = x[i] > v[i] || x[i] != x[i] ? x[i] : v[i];
+        }
+        const T inverse = 1 / (NAME(square_root)(amsgrad ? x[i] : v[i]) * h.root + h.eps);
+        y[i] = NAME(thresholded)(old * h.keep - h.lr * (m[i] * inverse), h.threshold);
+        squares += y[i] * y[i];
+    }
+    return squares;
+}
+
+static T NAME(moved)(const struct NAME(Work) *work, int64_t start, int n, T *y, int again)
+{
+    const T *w = work->w + start, *g = work->g + start;
+    T *m = work->m + start, *v = work->v + start, *x = work->x ? work->x + start : 0;
+    if (x && again)
+        return NAME(descent)(w, g, m, v, x, y, n, work->h, 1, 1);
+    else if (x)
+        return NAME(descent)(w, g, m, v, x, y, n, work->h, 1, 0);
+    else if (again)
+        return NAME(descent)(w, g, m, v, 0, y, n, work->h, 0, 1);
+    else
+        return NAME(descent)(w, g, m, v, 0, y, n, work->h, 0, 0);
+}
+
 static void NAME(piece)(const Plan *plan, int64_t index)
 {
     const int64_t tensor = plan->pieces[index], start = plan->pieces[plan->count + index];
@@ -57,8 +100,7 @@ static void NAME(piece)(const Plan *plan, int64_t index)
     double *counts = plan->counts + index * COUNTS;
     T *w = (T *)AT(w) + start, *m = (T *)AT(m) + start, *v = (T *)AT(v) + start, *x = FROM_START(x);
     const T *g = (const T *)AT(g) + start, *l1 = FROM_START(l1), *l2 = FROM_START(l2);
-    int64_t size = AT(size) - start;
-    size = size < plan->piece_size ? size : plan->piece_size;
+    const int64_t size = plan->pieces[2 * plan->count + index];
     const double step = hyper[HYPER_prox_step], beta1 = hyper[HYPER_beta1], beta2 = hyper[HYPER_beta2];
     const NAME(Numbers) h = {
         .lr = (T)(hyper[HYPER_lr] / (1 - power(beta1, AT(step)))),
@@ -77,6 +119,13 @@ static void NAME(piece)(const Plan *plan, int64_t index)
     const int metric = hyper[HYPER_identity] == 0, divide = h.doubled != 0;
     const int plain = metric && !x && !l1 && !l2 && h.decay == 0;
     counts[COUNT_zeros] = counts[COUNT_l1] = counts[COUNT_l2] = 0;
+    if (AT(run)) {
+        const struct NAME(Work) work = {w, g, m, v, x, h};
+        const double size_weight = hyper[HYPER_sized] != 0 ? __builtin_sqrt((double)AT(run)) : 1;
+        const T shrinkage = NAME(representable)(step * hyper[HYPER_norm] * size_weight);
+        NAME(groups)(&work, w, size, AT(run), shrinkage, 1 + h.doubled, counts);
+        return;
+    }
     for (int64_t i = 0; i < size; i += BLOCK) {
         const int n = size - i < BLOCK ? (int)(size - i) : BLOCK;
         T *wi = w + i, *mi = m + i, *vi = v + i, *xi = x ? x + i : 0;

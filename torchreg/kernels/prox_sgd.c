@@ -42,6 +42,56 @@ INLINE void NAME(block)(
     NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);
 }
 
+struct NAME(Work) {
+    const T *w, *g;
+    T *m;
+    NAME(Numbers) h;
+};
+
+/* The flags are constants where this is called. */
+INLINE T NAME(descent)(
+    const T *restrict w, const T *restrict g, T *restrict m, T *restrict y, int n, const NAME(Numbers) h,
+    const int momentum, const int nesterov, const int decay, const int again)
+{
+    T squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int i = 0; i < n; i++) {
+        const T old = w[i];
+        T u = 0, buffer = momentum && again ? m[i] : 0;
+        if (!again || nesterov || !momentum)
+            u = h.sign * g[i];
+        if (decay)
+            u += h.decay != 0 ? h.decay * old : 0; /* 0 * inf is NaN */
+        if (momentum && !again) {
+            buffer = h.momentum * m[i] + h.gain * u;
+            m[i] = buffer;
+        }
+        if (momentum)
+            u = nesterov ? u + h.momentum * buffer : buffer;
+        y[i] = NAME(thresholded)(old - h.lr * u, h.threshold);
+        squares += y[i] * y[i];
+    }
+    return squares;
+}
+
+static T NAME(moved)(const struct NAME(Work) *work, int64_t start, int n, T *y, int again)
+{
+    const NAME(Numbers) h = work->h;
+    const T *w = work->w + start, *g = work->g + start;
+    T *m = work->m ? work->m + start : 0;
+    if (!m)
+        return NAME(descent)(w, g, 0, y, n, h, 0, 0, 1, 0);
+    if (again && h.nesterov)
+        return NAME(descent)(w, g, m, y, n, h, 1, 1, 1, 1);
+    if (again)
+        return NAME(descent)(w, g, m, y, n, h, 1, 0, 0, 1);
+    if (h.nesterov)
+        return NAME(descent)(w, g, m, y, n, h, 1, 1, 1, 0);
+    if (h.decay != 0)
+        return NAME(descent)(w, g, m, y, n, h, 1, 0, 1, 0);
+    return NAME(descent)(w, g, m, y, n, h, 1, 0, 0, 0);
+}
+
 static void NAME(piece)(const Plan *plan, int64_t index)
 {
     const int64_t tensor = plan->pieces[index], start = plan->pieces[plan->count + index];
@@ -50,8 +100,7 @@ static void NAME(piece)(const Plan *plan, int64_t index)
     double *counts = plan->counts + index * COUNTS;
     T *w = (T *)AT(w) + start, *m = FROM_START(m);
     const T *g = (const T *)AT(g) + start, *l1 = FROM_START(l1), *l2 = FROM_START(l2);
-    int64_t size = AT(size) - start;
-    size = size < plan->piece_size ? size : plan->piece_size;
+    const int64_t size = plan->pieces[2 * plan->count + index];
     const double step = hyper[HYPER_prox_step];
     const NAME(Numbers) h = {
         .lr = (T)hyper[HYPER_lr],
@@ -67,6 +116,13 @@ static void NAME(piece)(const Plan *plan, int64_t index)
     };
     const int plain = m && !h.nesterov && h.decay == 0 && !l1 && !l2, divide = h.factor != 1;
     counts[COUNT_zeros] = counts[COUNT_l1] = counts[COUNT_l2] = 0;
+    if (AT(run)) {
+        const struct NAME(Work) work = {w, g, m, h};
+        const double size_weight = hyper[HYPER_sized] != 0 ? __builtin_sqrt((double)AT(run)) : 1;
+        const T shrinkage = NAME(representable)(step * hyper[HYPER_norm] * size_weight);
+        NAME(groups)(&work, w, size, AT(run), shrinkage, (T)(1 + 2 * step * hyper[HYPER_l2]), counts);
+        return;
+    }
     for (int64_t i = 0; i < size; i += BLOCK) {
         const int n = size - i < BLOCK ? (int)(size - i) : BLOCK;
         T *mi = m ? m + i : 0;

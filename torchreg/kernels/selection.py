@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchreg.kernels import native, triton_step
+from torchreg.kernels import fused_form, native, triton_step
 from torchreg.kernels.plan import Part
 from torchreg.kernels.problem import AdamStep, SGDStep
 from torchreg.penalties import Penalty
-from torchreg.penalties.separable import is_shrinkage
 
 Wish = tuple[bool | None, bool | None]
 """What a param group says of (fused, foreach)."""
@@ -33,8 +32,11 @@ def unavailable(device: torch.device) -> str | None:
     return f"there is none for {device.type}, only for cpu and cuda"
 
 
-def obstacle(p: Tensor, penalty: Penalty | None) -> str | None:
-    """Why this parameter can't take part in a fused step, or None; the device's own reason is `unavailable`."""
+def obstacle(p: Tensor, penalty: Penalty | None, metric: bool = False) -> str | None:
+    """Why this parameter can't take part in a fused step, or None; the device's own reason is `unavailable`.
+
+    ``metric`` tells that every weight has a proximal step of its own.
+    """
     dtypes = native.DTYPES if p.device.type == "cpu" else triton_step.DTYPES
     if type(p) not in (Tensor, nn.Parameter) or type(p.data) is not Tensor:
         return f"its type is {type(p.data).__name__}, not a plain tensor"
@@ -45,9 +47,7 @@ def obstacle(p: Tensor, penalty: Penalty | None) -> str | None:
     if p.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"its dtype is {p.dtype}; on {p.device.type} there is a fused step for {names}"
-    if penalty is not None and not is_shrinkage(penalty):
-        return f"the penalty {penalty.type_name} has no fused form"
-    return None
+    return fused_form.obstacle(p, penalty, metric)
 
 
 def fused_positions(
@@ -62,7 +62,7 @@ def fused_positions(
         return []
     positions = []
     for i, p in enumerate(parameters):
-        reason = obstacle(p, step.penalty)
+        reason = obstacle(p, step.penalty, not step.is_uniform)
         if reason is None:
             positions.append(i)
         elif wish:
@@ -106,6 +106,7 @@ class Arrangement:
         self._params = [tensors.params for tensors, _ in parts]
         self._fused = [tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen]
         self._memory = _memory(self._fused)
+        self._shapes = _shapes(parts)
 
     def fits(self, parts: Sequence[Part], wishes: Sequence[Wish]) -> bool:
         """Whether it holds for this step too: the same parameters in the same memory, penalties and wishes."""
@@ -114,11 +115,18 @@ class Arrangement:
             and all(map(identical, self._params, (tensors.params for tensors, _ in parts)))
             and self._signatures == [_signature(step, wish) for (_, step), wish in zip(parts, wishes, strict=True)]
             and self._memory == _memory(self._fused)
+            and self._shapes == _shapes(parts)
         )
 
 
 def _signature(step: SGDStep | AdamStep, wish: Wish) -> tuple[object, ...]:
-    return type(step.penalty), step.differentiable, *wish
+    return type(step.penalty), getattr(step.penalty, "groups", None), step.is_uniform, step.differentiable, *wish
+
+
+def _shapes(parts: Sequence[Part]) -> list[Any]:
+    """What tells that the groups of a parameter came to lie otherwise in the same memory."""
+    grouped = [tensors.params for tensors, step in parts if step.penalty is not None and step.penalty.is_grouped]
+    return [(p.shape, p.stride()) for params in grouped for p in params]
 
 
 def _memory(params: list[Tensor]) -> tuple[list[Any], ...]:

@@ -9,13 +9,13 @@
 
 #include <stdint.h>
 
-enum { BLOCK = 1024 };
+enum { BLOCK = 1024, CHUNK = 4096, SHORT = 64 };
 
 typedef struct {
     const int64_t *table;  /* COLUMNS rows of `tensors` entries */
     int64_t tensors;
-    const int64_t *pieces; /* the tensor of each piece, then the first element of each */
-    int64_t count, piece_size;
+    const int64_t *pieces; /* the tensor of each piece, then the first element of each, then its elements */
+    int64_t count;
     const double *hypers;
     double *counts;
 } Plan;
@@ -32,6 +32,12 @@ static double power(double base, int64_t exponent)
     for (; exponent > 0; exponent >>= 1, base *= base)
         result = exponent & 1 ? result * base : result;
     return result;
+}
+
+/* The scale with which `squares` is to be taken again if they have left the range of double; NaN does not come back. */
+static double rescue(double squares)
+{
+    return squares < 1e-280 ? 0x1p600 : squares > 1e300 ? 0x1p-600 : 1;
 }
 
 #define T float
@@ -86,6 +92,111 @@ INLINE void NAME(tally)(const T *w, int n, double *counts, int zeros, int fresh,
     }
     counts[COUNT_l1] += sum;
     counts[COUNT_l2] += squares;
+}
+
+/* Groups: runs of neighbours that are shrunk together. What a kernel of them is made of. */
+
+/* Σ (scale·y)². */
+static __attribute__((noinline)) double NAME(wide_squares)(const T *y, int n, double scale)
+{
+    double total = 0;
+    for (int i = 0; i < n; i++)
+        total += scale * y[i] * (scale * y[i]);
+    return total;
+}
+
+/* What all weights of a group are multiplied by. */
+static T NAME(left)(double exact_norm, T threshold, T divisor)
+{
+    const T norm = (T)exact_norm;
+    if (norm <= threshold)
+        return 0;
+    return (norm == (T)__builtin_inf() ? 1 : (norm - threshold) / norm) / divisor;
+}
+
+/* Write y·ratio, and count. */
+static void NAME(scaled)(T *restrict w, const T *restrict y, T ratio, int n, double *counts)
+{
+    int zeros = 0, fresh = 0, revived = 0;
+    T sum = 0, squares = 0;
+#pragma omp simd reduction(+ : zeros, fresh, revived, sum, squares)
+    for (int i = 0; i < n; i++) {
+        const T old = w[i], value = y[i] * ratio + 0; /* + 0: no -0.0 */
+        w[i] = value;
+        zeros += value == 0;
+        fresh += (value == 0) & (old != 0);
+        revived += (value != 0) & (old == 0);
+        sum += value < 0 ? -value : value;
+        squares += value * value;
+    }
+    NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);
+}
+
+/* Of a kernel: y becomes where n elements have moved to, soft-thresholded, before groups are shrunk. The optimizer's
+   state moves along; but the second time (`again`) it has done so. Returns Σ y², if T can hold it. */
+struct NAME(Work);
+static T NAME(moved)(const struct NAME(Work) *work, int64_t start, int n, T *y, int again);
+
+/* Groups so short that a call for each would cost more than its work. */
+static void NAME(short_groups)(
+    const struct NAME(Work) *work, T *w, int64_t size, int run, T threshold, T divisor, double *counts)
+{
+    T y[BLOCK];
+    const int whole = BLOCK / run * run;
+    for (int64_t start = 0; start < size; start += whole) {
+        const int n = size - start < whole ? (int)(size - start) : whole;
+        NAME(moved)(work, start, n, y, 0);
+        for (int i = 0; i < n; i += run) {
+            double squares = 0;
+            for (int j = i; j < i + run; j++)
+                squares += (double)y[j] * y[j];
+            const double scale = rescue(squares);
+            squares = scale == 1 ? squares : NAME(wide_squares)(y + i, run, scale);
+            const T ratio = NAME(left)(__builtin_sqrt(squares) / scale, threshold, divisor);
+            for (int j = i; j < i + run; j++)
+                y[j] *= ratio;
+        }
+        NAME(scaled)(w + start, y, 1, n, counts);
+    }
+}
+
+/* One group. What is too long for the buffer is computed again, which costs less than to store it. */
+static void NAME(group)(
+    const struct NAME(Work) *work, T *w, int64_t start, int64_t run, T threshold, T divisor, double *counts)
+{
+    T buffer[CHUNK];
+    double squares = 0, scale = 1;
+    for (int again = 0; again < 2; again++) {
+        squares = 0;
+        for (int64_t i = 0; i < run; i += BLOCK) {
+            const int n = run - i < BLOCK ? (int)(run - i) : BLOCK;
+            T *y = run <= CHUNK ? buffer + i : buffer;
+            const T sum = NAME(moved)(work, start + i, n, y, again);
+            squares += scale == 1 && sum > (T)1e-30 && sum < (T)1e38 ? sum : NAME(wide_squares)(y, n, scale);
+        }
+        if (again || rescue(squares) == 1)
+            break;
+        scale = rescue(squares);
+    }
+    const T ratio = NAME(left)(__builtin_sqrt(squares) / scale, threshold, divisor);
+    for (int64_t i = 0; i < run; i += BLOCK) {
+        const int n = run - i < BLOCK ? (int)(run - i) : BLOCK;
+        T *y = run <= CHUNK ? buffer + i : buffer;
+        if (run > CHUNK)
+            NAME(moved)(work, start + i, n, y, 1);
+        NAME(scaled)(w + start + i, y, ratio, n, counts);
+    }
+}
+
+/* Shrink the groups of `run` elements of a piece. */
+static void NAME(groups)(
+    const struct NAME(Work) *work, T *w, int64_t size, int64_t run, T threshold, T divisor, double *counts)
+{
+    if (run < SHORT)
+        NAME(short_groups)(work, w, size, (int)run, threshold, divisor, counts);
+    else
+        for (int64_t start = 0; start < size; start += run)
+            NAME(group)(work, w, start, run, threshold, divisor, counts);
 }
 
 #endif

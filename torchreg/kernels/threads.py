@@ -15,7 +15,7 @@ import torch
 _SMALLEST = 1 << 18  # elements: below, starting threads costs more than they save
 
 
-def run(function: Any, argument: Any, sizes: Any, pieces: Any, piece_size: int) -> None:
+def run(function: Any, argument: Any, pieces: Any) -> None:
     """Call ``function(argument, from, to)`` for all pieces, on as many threads as torch uses where that pays.
 
     The kernel runs without the interpreter's lock.
@@ -23,11 +23,9 @@ def run(function: Any, argument: Any, sizes: Any, pieces: Any, piece_size: int) 
     Args:
         function: a compiled function.
         argument: its first argument.
-        sizes: the elements of every tensor.
-        pieces: the tensor and the first element of every piece, two rows.
-        piece_size: the most elements of a piece.
+        pieces: the tensor, the first element and the number of elements of every piece, three rows.
     """
-    cuts = _cuts(np.asarray(sizes), pieces, piece_size)
+    cuts = _cuts(pieces)
     calls = [(argument, ctypes.c_int64(a), ctypes.c_int64(b)) for a, b in itertools.pairwise(cuts)]
     waiting = [_pool(os.getpid(), len(calls)).submit(function, *call) for call in calls[1:]]
     function(*calls[0])
@@ -35,13 +33,11 @@ def run(function: Any, argument: Any, sizes: Any, pieces: Any, piece_size: int) 
         future.result()
 
 
-def _cuts(sizes: Any, pieces: Any, piece_size: int) -> list[int]:
+def _cuts(pieces: Any) -> list[int]:
     """Where the pieces are divided among threads."""
-    count, threads = pieces.shape[1], torch.get_num_threads()
-    if threads == 1 or sizes.sum() < _SMALLEST:
+    count, threads, ends = pieces.shape[1], torch.get_num_threads(), np.cumsum(pieces[2])
+    if threads == 1 or ends[-1] < _SMALLEST:
         return [0, count]
-    owner, start = pieces
-    ends = np.cumsum(np.minimum(sizes[owner] - start, piece_size))
     shares = np.linspace(0, ends[-1], threads + 1)[1:-1]
     return sorted({0, *(int(cut) for cut in np.searchsorted(ends, shares)), count})
 

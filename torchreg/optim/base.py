@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -208,8 +208,9 @@ class ProximalOptimizer(PenalizedOptimizer):
         """Raise unless a fused step can be had for every parameter of a group that asks for it."""
         if not group["fused"]:
             return
+        metric = group.get("metric") == "adam"
         for p in group["params"]:
-            reason = kernels.selection.obstacle(p, group["penalty"]) or kernels.selection.unavailable(p.device)
+            reason = kernels.selection.obstacle(p, group["penalty"], metric) or kernels.selection.unavailable(p.device)
             if reason is not None:
                 raise RuntimeError(f"`fused=True` can't be had for a parameter of shape {tuple(p.shape)}: {reason}.")
 
@@ -230,13 +231,20 @@ def usable_penalty(group: Mapping[str, Any]) -> Any:
     penalty = checked_penalty(group["penalty"])
     if penalty is not None:
         if not is_shrinkage(penalty):
-            for p in group["params"]:
+            for p in _of_each_kind(group["params"]):
                 penalty.check_weight(p)
             penalty.check_together([p.shape for p in group["params"]])
         elif any(isinstance(s, Tensor) for s in penalty.strengths().values()):
             for p in group["params"]:
                 penalty.check_shape(p.shape)
     return penalty
+
+
+def _of_each_kind(params: list[Tensor]) -> Iterable[Tensor]:
+    """A parameter of every shape, dtype and layout: what a penalty says of it, it says of all of them."""
+    if torch.compiler.is_compiling():
+        return params
+    return {(p.shape, p.dtype, p.layout): p for p in params}.values()
 
 
 def check_implementation(group: Mapping[str, Any]) -> None:

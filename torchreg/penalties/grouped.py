@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -102,6 +102,10 @@ class Grouped(Penalty):
     def check_together(self, shapes: Sequence[torch.Size]) -> None:
         if isinstance(self.groups, Shared):
             self.groups.of_all(shapes)
+
+    def run(self, w: Tensor) -> int | None:
+        """The size of the groups if each is a run of neighbours in the memory of the dense weight, else None."""
+        return None if self.is_joint else self._groups.of(w.shape).run(w)
 
     def value(self, w: Tensor) -> Tensor:
         return self._value(self._prepared([w]))
@@ -335,6 +339,14 @@ class Grouped(Penalty):
         """What each group of the soft-thresholded weight is multiplied by, with one step for all."""
         left = _left(r.cut.norms(y), r.group * step)
         return left if _is_zero(r.l2) else left / (1 + 2 * r.l2 * step)
+
+
+def is_group_shrinkage(penalty: Penalty | None) -> TypeGuard[Grouped]:
+    """Whether its proximal operator is that of (sparse) group lasso, as kernels compute it: no subclass's own."""
+    if not isinstance(penalty, Grouped):
+        return False
+    own = type(penalty)
+    return all(getattr(own, name) is getattr(Grouped, name) for name in ("prox", "prox_", "_weights", "_shrunk"))
 
 
 def _left(norms: Tensor, threshold: float | Tensor) -> Tensor:
