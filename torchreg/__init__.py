@@ -3,7 +3,7 @@
 from torchreg import export, groups, penalties, rules, schedules
 from torchreg.coupling import coupled_groups
 from torchreg.factorization import defactorize, factorize
-from torchreg.monitor import SparsityMonitor, SparsityReport, sparsity
+from torchreg.monitor import GroupReport, SparsityMonitor, SparsityReport, group_sparsity, sparsity
 from torchreg.optim import FISTA, RMDA, ProxAdamW, Proximal, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import (
@@ -39,6 +39,7 @@ __all__ = [
     "Box",
     "ElasticNet",
     "GroupLasso",
+    "GroupReport",
     "LHalf",
     "LogSum",
     "NonNegative",
@@ -56,6 +57,7 @@ __all__ = [
     "export",
     "factorize",
     "freeze_zeros",
+    "group_sparsity",
     "groups",
     "kkt_residual",
     "penalties",

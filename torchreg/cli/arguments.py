@@ -6,9 +6,12 @@ import argparse
 import math
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torchreg.cli.output import CommandError, print_error, print_result, reason
+
+if TYPE_CHECKING:
+    from torchreg.groups import Groups
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,3 +93,20 @@ def check_file(path: Path, name: str) -> None:
         raise CommandError(f"{name} is a directory: give the file inside")
     if not stat.S_ISREG(mode):
         raise CommandError(f"{name} is not a regular file")
+
+
+def groups_argument(text: str) -> Groups:
+    """Groups from a name of `torchreg.groups.NAMES`, or ``blocks=K``, ``heads=N`` or ``heads=NxP`` (P packed)."""
+    from torchreg.groups import NAMES, Blocks, Heads, as_groups
+
+    kind, _, number = text.partition("=")
+    try:
+        if kind == "blocks":
+            return Blocks(int(number))
+        if kind == "heads":
+            heads, several, packed = number.partition("x")
+            return Heads(int(heads), int(packed) if several else 1)
+        return as_groups(text)
+    except ValueError:
+        allowed = ", ".join((*NAMES, "blocks=K", "heads=N", "heads=NxP"))
+        raise argparse.ArgumentTypeError(f"expected one of {allowed}, got {text!r}") from None

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchreg.cli.arguments import check_file
+from torchreg.cli.arguments import check_file, groups_argument
 from torchreg.cli.output import CommandError, print_result, printable, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from torchreg.groups import Groups
+    from torchreg.monitor import GroupReport
 
 MODEL_KEYS = ("state_dict", "model_state_dict", "model")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,6 +34,12 @@ def add_parser(commands: Any) -> None:
     """Add the command's arguments."""
     parser = commands.add_parser("inspect", help="count the exact zeros of a checkpoint", description=DESCRIPTION)
     parser.add_argument("file", type=Path, metavar="FILE", help=".pt, .pth, .bin, .ckpt or .safetensors")
+    parser.add_argument(
+        "--groups",
+        type=groups_argument,
+        metavar="GROUPS",
+        help="count zero groups too: rows, columns, out_channels, in_channels, kernels, blocks=4, heads=8, …",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON document")
     form.add_argument("--csv", action="store_true", help="print comma-separated values")
@@ -51,7 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             part, weights = model_weights(content)
-            report = torchreg.sparsity([(printable(name), w) for name, w in weights])
+            named = [(printable(name), w) for name, w in weights]
+            report = torchreg.sparsity(named)
+            groups = None if arguments.groups is None or not named else _group_report(path, named, arguments.groups)
+    except CommandError:
+        raise
     except RecursionError:
         raise CommandError(f"{str(path)!r} is nested too deeply, or holds itself") from None
     except Exception as error:  # types without arithmetic and unusual layouts can raise anything
@@ -60,12 +73,22 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"{str(path)!r} holds no floating point tensors")
     if arguments.json:
         about = {"file": str(path), "part": part, **disk_size(path, content)}
-        print_result(json.dumps(about | json.loads(report.to_json()), indent=2))
+        found = {} if groups is None else {"groups": groups.to_dict()}
+        print_result(json.dumps(about | json.loads(report.to_json()) | found, indent=2))
     elif arguments.csv:
-        print_result(report.to_csv().rstrip("\n"))
+        print_result((report if groups is None else groups).to_csv().rstrip("\n"))
     else:
         print_result(printable(str(path)) + (f", {part!r}" if part else "") + _size_text(path, content) + "\n")
-        print_result(str(report))
+        print_result(str(report) if groups is None else f"{report}\n\n{groups}")
+
+
+def _group_report(path: Path, weights: Sequence[tuple[str, Tensor]], groups: Groups) -> GroupReport:
+    from torchreg import group_sparsity
+
+    try:
+        return group_sparsity(weights, groups)
+    except ValueError:
+        raise CommandError(f"no tensor in {str(path)!r} can be cut into {groups}") from None
 
 
 def load(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,36 @@ def mask_image(w: Tensor) -> Tensor:
         size = (min(rows, LARGEST_IMAGE), min(columns, LARGEST_IMAGE))
         kept = torch.nn.functional.adaptive_avg_pool2d(kept[None, None], size)[0, 0]
     return (kept * 255).round().to(torch.uint8)
+
+
+class Barcode:
+    """Which of some groups were alive, log by log: an image with a row for each log, the latest at the bottom.
+
+    With more than 512 logs every second one is dropped, those to come included; more than 512 groups are averaged.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._rows: list[np.ndarray[Any, Any]] = []
+        self._every, self._seen = 1, 0
+
+    def add(self, alive: Tensor) -> None:
+        """The bool vector of a log."""
+        if self._seen % self._every == 0:
+            self._rows.append(np.packbits(alive.numpy()))
+        self._seen += 1
+        if len(self._rows) > LARGEST_IMAGE:
+            self._rows, self._every = self._rows[::2], 2 * self._every
+
+    def image(self) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+        """uint8, white where a group was alive."""
+        rows = np.stack([np.unpackbits(row, count=self.count) for row in self._rows])
+        shown = torch.from_numpy(rows).float()
+        if self.count > LARGEST_IMAGE:
+            shown = torch.nn.functional.adaptive_avg_pool1d(shown[None], LARGEST_IMAGE)[0]
+        wide, high = max(1, SMALLEST_IMAGE // shown.shape[1]), max(1, SMALLEST_IMAGE // shown.shape[0])
+        grey = (shown * 255).round().to(torch.uint8).numpy()
+        return np.kron(grey, np.ones((high, wide), dtype=np.uint8))
 
 
 def enlarged(image: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:

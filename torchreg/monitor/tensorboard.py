@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from torchreg.monitor.counting import counted, named_weights
+from torchreg.monitor.living import has_groups, living_groups
 from torchreg.monitor.log import STRENGTH_SCALE, Log
-from torchreg.monitor.pictures import Histogram, enlarged, mask_image, nonzero_histogram
+from torchreg.monitor.pictures import Barcode, Histogram, enlarged, mask_image, nonzero_histogram
 from torchreg.monitor.report import SparsityReport
 from torchreg.monitor.transfer import Transfer
 
@@ -23,6 +24,7 @@ LAYOUT = {
         "sparsity": ["Multiline", ["sparsity/.*"]],
         "weights that became zero or woke up": ["Multiline", ["zeros/new", "zeros/revived"]],
         "threshold": ["Multiline", ["threshold/.*"]],
+        "living groups": ["Multiline", ["groups/.*"]],
     }
 }
 
@@ -40,7 +42,9 @@ class SparsityMonitor:
     - where a proximal optimizer is given, ``strength_scale/group<i>``, which schedules and targets move, and
       ``threshold/group<i>``: the modulus up to which the last proximal step gave zero, lr·G·λ (not in Adam's metric and
       the like, where each weight has its own);
-    - ``zeros/new`` and ``zeros/revived``: how many weights became zero, and left zero, since the last log.
+    - ``zeros/new`` and ``zeros/revived``: how many weights became zero, and left zero, since the last log;
+    - for a `Regularizer` with group penalties ``groups/<parameter>``, how many groups are not zero, and with ``images``
+      ``barcode/<parameter>``: a column for each group and a row for each log, white where it was alive.
 
     A log is one transfer from the device to the host; between logs nothing is read and nothing waits. One byte per
     weight on the device tells which were zero.
@@ -115,6 +119,7 @@ class SparsityMonitor:
         if not weights:
             raise TypeError("There is no floating point parameter to watch.")
         self._were_zero = {name: w.detach() == 0 for name, w in weights}
+        self._barcodes: dict[str, Barcode] = {}
         if custom_scalars:
             self._write("add_custom_scalars", LAYOUT)
 
@@ -168,6 +173,9 @@ class SparsityMonitor:
         log.ask("changes", "", changes)
         for tag, value in self._scalars(log if quick else None):
             log.ask("scalar", tag, _tensor(value))
+        if has_groups(self.source):
+            for name, _, alive in living_groups(self.source):
+                log.ask("groups", name, alive)
         for name, w in weights:
             if self.histograms:
                 log.ask("histogram", name, nonzero_histogram(w))
@@ -195,6 +203,12 @@ class SparsityMonitor:
             self._scalar(log, tag, float(value))
         if log.penalties:
             self._scalar(log, "loss/penalty", log.penalty())
+        for name, alive in log.received("groups"):
+            self._scalar(log, f"groups/{name}", int(alive.sum()))
+            if self.images and len(alive):
+                barcode = self._barcodes.setdefault(name, Barcode(len(alive)))
+                barcode.add(alive)
+                self._write("add_image", f"barcode/{name}", barcode.image(), log.step, dataformats="HW")
         for name, vector in log.received("histogram"):
             self._histogram(log, f"weights/{name}", Histogram.from_vector(vector))
         for name, picture in log.received("mask"):
