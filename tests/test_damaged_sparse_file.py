@@ -45,10 +45,16 @@ def patched(path, position, byte):
         file.write(bytes([byte]))
 
 
-def test_each_flipped_bit_is_found_or_harmless(path):
-    state = small()
+def tied():
+    weight = torch.ones(2)
+    return {"a": weight, "b": weight}
+
+
+@pytest.mark.parametrize(("make", "ways"), [(small, ["dense", "gaps8", "bitmask", "dense"]), (tied, ["dense", "tied"])])
+def test_each_flipped_bit_is_found_or_harmless(make, ways, path):
+    state = make()
     save_sparse(state, path)
-    assert sorted(codings(path).values()) == ["bitmask", "dense", "dense", "gaps8"]
+    assert list(codings(path).values()) == ways
     whole = path.read_bytes()
     length = 8 + int.from_bytes(whole[:8], "little")
     for position in range(len(whole)):
@@ -214,6 +220,13 @@ def test_memory_that_is_not_there_is_one_clear_error(path, monkeypatch):
 
     monkeypatch.setattr(torch, "zeros", fail)
     with pytest.raises(ValueError, match="'w' has 1600 elements: too many for this memory"):
+        load_sparse(path)
+
+
+def test_records_without_checksums_are_refused(path):
+    save_sparse(tied(), path)
+    path.write_bytes(path.read_bytes().replace(container.CHECKSUMS.encode(), b"torchreg.crc33"))
+    with pytest.raises(ValueError, match="of records and checksums it has only one"):
         load_sparse(path)
 
 

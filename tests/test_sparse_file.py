@@ -115,10 +115,14 @@ def test_tensors_that_merely_overlap_are_apart(path):
         "square": base.view(4, 5),
         "bits": base.view(torch.int32),
     }
+    state |= {"turned": torch.arange(9.0).view(3, 3)}
+    state |= {"turned back": state["turned"].t(), "complex": torch.tensor([1 + 2j, 3 - 1j])}
+    state |= {"conjugate": state["complex"].conj(), "imaginary": state["complex"].imag}
+    state |= {"negative": state["conjugate"].imag}
     state |= {"empty": base[:0], "other empty": torch.empty(0), "empty matrix": torch.empty(0, 3)}
     save_sparse(state, path)
     loaded = load_sparse(path)
-    assert_same_bits(loaded, state)
+    assert_same_bits(loaded, {name: tensor.resolve_conj().resolve_neg() for name, tensor in state.items()})
     assert len({id(tensor) for tensor in loaded.values()}) == len(state)
     loaded["head"].zero_()
     assert torch.equal(loaded["all"], base)
@@ -190,9 +194,10 @@ def test_gaps_of_16_bits_reach_any_length(gap):
     assert np.array_equal(where, np.flatnonzero(array))
 
 
-@pytest.mark.parametrize(
-    ("density", "way"), [(1, "dense"), (0.5, "bitmask"), (0.1, "gaps4"), (0.02, "gaps8"), (0.0005, "gaps16")]
-)
+WAYS = {1: "dense", 0.5: "bitmask", 0.2: "gaps4", 0.1: "gaps4", 0.02: "gaps8", 0.0005: "gaps16"}
+
+
+@pytest.mark.parametrize(("density", "way"), WAYS.items())
 def test_each_density_has_its_coding(density, way, path):
     save_sparse({"w": random_bits(torch.float32, (500, 300), density)}, path)
     assert codings(path) == {"w": way}
@@ -252,6 +257,14 @@ def test_the_library_sees_the_parts_of_a_coded_tensor(path):
     # compressed-tensors' rows, of 64 / 8 bytes each
     mask = np.unpackbits(found["w.bitmask"].numpy().reshape(20, 8), axis=1, bitorder="little")
     assert np.array_equal(mask, weight.view(torch.int32).numpy() != 0)
+
+
+def test_each_tensors_bytes_begin_at_a_multiple_of_its_elements_size(path):
+    save_sparse({str(dtype): random_bits(dtype, (3,), 1) for dtype in reversed(DTYPES)}, path)
+    with open(path, "rb") as file:
+        header = container.read_header(file)
+    assert (8 + header.length) % 8 == 0
+    assert all(entry.start % entry.dtype.itemsize == 0 for entry in header.entries.values())
 
 
 def test_no_library_is_needed(path, monkeypatch):

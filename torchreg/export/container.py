@@ -124,7 +124,7 @@ def read_header(file: BufferedReader) -> Header:
         raise ValueError("it is too short for a safetensors file")
     length = int.from_bytes(file.read(8), "little")
     if length > min(behind, LONGEST_HEADER):
-        raise ValueError("it is no safetensors file: the length that it gives for its header can't be")
+        raise ValueError("it is no safetensors file, or cut off in its header")
     try:
         header = json.loads(file.read(length).decode(), object_pairs_hook=_without_duplicates)
         metadata = header.pop(METADATA, {})

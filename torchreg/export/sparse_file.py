@@ -37,7 +37,7 @@ def save_sparse(source: torch.nn.Module | Mapping[str, Tensor], path: str | os.P
 
     Weights that are tied (the same memory, shape and strides) are stored once. Any other tensor is stored by itself, in
     its logical order: views and memory formats such as channels_last are not kept. The values come from any device and
-    load on the CPU.
+    load on the CPU. Nothing may change them while they are saved.
 
     The file is written beside ``path``, flushed to the disk, and then put in its place in one step: whenever the
     process ends, ``path`` holds all of the old file or all of the new one (a process killed in between may leave a file
@@ -157,7 +157,7 @@ def _plain(name: str, tensor: Any) -> Tensor:
         raise ValueError(f"Entry {name!r} is of dtype {tensor.dtype}; a safetensors file can hold {known}.")
     else:
         return tensor.detach()
-    raise TypeError(f"Expected a state dict of plain dense tensors, but entry {name!r} is {kind}: leave it out.")
+    raise TypeError(f"Expected plain dense tensors, but entry {name!r} is {kind}: convert it, or leave it out.")
 
 
 def _memory(tensor: Tensor) -> Any:
