@@ -19,6 +19,7 @@ from torchreg.penalties import (
     LHalf,
     LogSum,
     NonNegative,
+    NuclearNorm,
     SparseGroupLasso,
     TopK,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "LHalf",
     "LogSum",
     "NonNegative",
+    "NuclearNorm",
     "ProxAdamW",
     "ProxSGD",
     "Proximal",

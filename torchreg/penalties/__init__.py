@@ -5,6 +5,7 @@ from torchreg.penalties.cardinality import NM, TopK
 from torchreg.penalties.constraints import Box, NonNegative
 from torchreg.penalties.nonconvex import L0, MCP, SCAD, LHalf, LogSum
 from torchreg.penalties.separable import L1, L2, ElasticNet, soft_threshold
+from torchreg.penalties.spectral import NuclearNorm
 from torchreg.penalties.structured import GroupLasso, SparseGroupLasso
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LHalf",
     "LogSum",
     "NonNegative",
+    "NuclearNorm",
     "Penalty",
     "SparseGroupLasso",
     "Step",
