@@ -620,7 +620,7 @@ def test_the_monitor_logs_the_penalty_and_the_table_shows_it():
     assert logged["loss/penalty"] == pytest.approx(reg().item(), rel=1e-5)
     assert logged["threshold/group0"] == pytest.approx(1e-4)
     assert "NuclearNorm 0.001" in str(reg)
-    with pytest.raises(ValueError, match="does not zero weights one by one"):
+    with pytest.raises(ValueError, match="NuclearNorm, whose strength does not zero weights"):
         torchreg.TargetSparsity(opt, 0.5, until=10)
 
 
