@@ -154,7 +154,7 @@ def _in_blocks(coupling: Coupling) -> Iterator[Coupling]:
                 tuple(Member(m.name, m.dim, torch.where(m.labels < 0, m.labels, m.labels // size)) for m in held)
                 for held in (coupling.makers, coupling.users, coupling.others)
             )
-            yield Coupling(coupling.name, coupling.count // size, makers, users, others)
+            yield Coupling(coupling.name, coupling.count // size, makers, users, others, heads=True)
 
 
 def _half(count: int) -> Tensor:

@@ -90,7 +90,7 @@ def couplings(model: nn.Module, described: Mapping[str, Attention]) -> Iterator[
         ]
         if all(tensors):
             made, used = (tuple(_member(*entry, count) for entry in held) for held in tensors)
-            yield Coupling(name, count, made, used)
+            yield Coupling(name, count, made, used, heads=True)
 
 
 def _member(name: str, tensor: Tensor, dim: int, packed: int, count: int) -> Member:

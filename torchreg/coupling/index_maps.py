@@ -168,6 +168,9 @@ def into(grad_fn: Any, position: int, channels: Sequence[int | None]) -> IndexMa
             return IDENTITY
         return Placed(sum(sizes[:position]), sizes[position])
     n = channels[position]
+    if name.startswith("Glu"):
+        halved = n is not None and n == 2 * shape[_dimension(grad_fn, len(shape))]
+        return Inverse(Tiled(n // 2, 2)) if n is not None and halved else IDENTITY
     if name.startswith("Slice") and hasattr(grad_fn, "_saved_self_sym_sizes"):
         before = grad_fn._saved_self_sym_sizes
         dim = _dimension(grad_fn, len(before))

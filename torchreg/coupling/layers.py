@@ -76,7 +76,8 @@ def layer(name: str, module: nn.Module | Tensor) -> Layer | None:
         return Layer(n, n, (*_norm(module), *held))
     if isinstance(module, nn.GroupNorm):
         n, block = module.num_channels, module.num_channels // module.num_groups
-        return Layer(n, n, tuple(_norm(module)), block, block)
+        refusal = "" if module.affine else f"the group norm {name!r} has no weights that say how many there are"
+        return Layer(n, n, tuple(_norm(module)), block, block, refusal=refusal)
     if isinstance(module, nn.LayerNorm):
         refusal = f"the layer norm {name!r} normalises over them: without one, the others change"
         if len(module.normalized_shape) > 1:

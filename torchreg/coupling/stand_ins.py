@@ -47,6 +47,10 @@ class Example:
         leaves, _ = tree_flatten((self.args, dict(self.kwargs or {})))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
+    def cuda_devices(self) -> list[int]:
+        """The CUDA devices that they are on."""
+        return sorted({t.get_device() for t in self.tensors() if t.is_cuda})
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Example:
         """The arguments with every tensor replaced by ``function(tensor)``."""
 
@@ -71,10 +75,9 @@ def output_tensors(output: Any) -> list[Tensor]:
 @contextmanager
 def undisturbed(example: Example) -> Iterator[None]:
     """Random numbers drawn inside don't count outside, and attention takes no fast path that hides its weights."""
-    devices = sorted({t.get_device() for t in example.tensors() if t.is_cuda})
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        with torch.random.fork_rng(devices), torch.autocast("cpu", enabled=False):
+        with torch.random.fork_rng(example.cuda_devices()), torch.autocast("cpu", enabled=False):
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:

@@ -29,6 +29,7 @@ class Coupling:
         others: what only has to be cut along: running statistics, PReLU's slopes.
         vanishes: whether zero makers make the channel zero. Not so after a sigmoid, say: then only channels with zero
             users can be removed.
+        heads: whether they are attention heads: then the attention module has to be told how many are left.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Coupling:
     users: tuple[Member, ...]
     others: tuple[Member, ...] = ()
     vanishes: bool = True
+    heads: bool = False
 
     @property
     def members(self) -> tuple[Member, ...]:

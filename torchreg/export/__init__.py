@@ -1,12 +1,20 @@
-"""What zeros buy: files that leave them out, and sparse layers."""
+"""What zeros buy: smaller models, files that leave the zeros out, and sparse layers."""
 
+from torchreg.coupling.heads import Attention
+from torchreg.export.compact_report import CompactReport, Shrunk
+from torchreg.export.compaction import Compacted, compact
 from torchreg.export.sparse_file import load_sparse, save_sparse
 from torchreg.export.sparse_layers import Converted, LayerChoice, SparseLinear, to_semi_structured, to_sparse_csr
 
 __all__ = [
+    "Attention",
+    "CompactReport",
+    "Compacted",
     "Converted",
     "LayerChoice",
+    "Shrunk",
     "SparseLinear",
+    "compact",
     "load_sparse",
     "save_sparse",
     "to_semi_structured",
