@@ -5,7 +5,7 @@ MNIST ?= mnist.npz
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint format bench bench-files bench-quality clean
+.PHONY: demo test lint format bench bench-compact bench-files bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
@@ -24,6 +24,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py
+
+bench-compact: $(VENV)/.dev
+	$(BIN)/python benchmarks/compact.py
 
 bench-files: $(VENV)/.demo
 	$(BIN)/python benchmarks/sparse_files.py

@@ -117,6 +117,20 @@ def measured(model: nn.Module, example: Tensor, ideal: int, seconds: float) -> d
     }
 
 
+def docs_table(results: dict[str, Any]) -> str:
+    """The table of docs/smaller.md."""
+    lines = ["| half of it zero | parameters | FLOPs | FLOPs / ideal | ms | times faster | largest error |"]
+    lines.append("| --- " * 7 + "|")
+    for name, r in results.items():
+        millions, billions, times = (
+            " → ".join(f"{number / unit:.3g}" for number in r[key])
+            for key, unit in (("parameters", 1e6), ("flops", 1e9), ("milliseconds", 1))
+        )
+        ratios = f"{r['flops_over_ideal']:.2f} | {times} | {r['times_faster']:.2f} | {r['error_float32']:.0e}"
+        lines.append(f"| {name} | {millions} M | {billions} G | {ratios} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
@@ -135,8 +149,7 @@ def main() -> None:
     }
     facts = machine(torch.device("cpu"))
     arguments.out.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n", encoding="utf-8")
-    for name, r in results.items():
-        print(f"{name}: {r['flops_over_ideal']:.3f} × ideal FLOPs, {r['times_faster']:.2f} × faster")
+    print(docs_table(results))
 
 
 if __name__ == "__main__":

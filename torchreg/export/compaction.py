@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchreg.assignments import unwrapped
 from torchreg.coupling import coupled_groups
 from torchreg.coupling.heads import Attention, declared
 from torchreg.coupling.probe import Probe
@@ -19,7 +20,6 @@ from torchreg.export.equality import Reference
 from torchreg.export.removable import removable
 from torchreg.export.selection import SelectedLinear
 from torchreg.export.surgery import without
-from torchreg.rules import _unwrapped
 
 Cut = tuple[Coupling, Tensor]
 
@@ -88,7 +88,7 @@ def compact(
     if not isinstance(seconds, (int, float)) or not seconds >= 0:
         raise ValueError(f"Expected `seconds` to be a number of at least 0, got {seconds!r}.")
     couplings = coupled_groups(model, example_input, ignore, heads)
-    model, example = _unwrapped(model), Example.of(example_input)
+    model, example = unwrapped(model), Example.of(example_input)
     described = declared(model, heads)
     usable, left = _usable(model, couplings, described)
     with undisturbed(example):
