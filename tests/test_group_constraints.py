@@ -10,8 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from torchreg import FISTA, NM, RMDA, ProxAdamW, Proximal, ProxSGD, Regularizer, SparsityMonitor, TopK, kkt_residual
-from torchreg.groups import Blocks, Heads, Labels, Slices, as_groups
+from torchreg import (
+    FISTA,
+    NM,
+    RMDA,
+    ProxAdamW,
+    Proximal,
+    ProxSGD,
+    Regularizer,
+    SparsityMonitor,
+    TopK,
+    group_sparsity,
+    kkt_residual,
+)
+from torchreg.groups import Blocks, Heads, Labels, Member, Shared, Slices, as_groups
 from torchreg.penalties import from_dict
 
 F64 = torch.float64
@@ -282,6 +294,118 @@ def test_the_prox_compiles_to_one_graph(constraint):
     compiled = torch.compile(constraint.prox, backend="eager", fullgraph=True)
     for step in (0.5, steps):
         assert torch.equal(compiled(w, step), constraint.prox(w, step))
+
+
+# Groups that several tensors share
+
+UNIT = torch.arange(6)
+UNITS = Shared([Member("0.weight", 0, UNIT), Member("0.bias", 0, UNIT), Member("2.weight", 1, UNIT)])
+
+
+def shared_weights(seed=0, dtype=F64):
+    weights = [some(6, 4, seed=seed), some(6, seed=seed + 1), some(3, 6, seed=seed + 2)]
+    for w, dim in zip(weights, (0, 0, 1), strict=True):
+        w.select(dim, 2).zero_()
+    return [w.to(dtype) for w in weights]
+
+
+def as_rows(weights):
+    """The same as one matrix, a row for each unit."""
+    incoming, bias, outgoing = weights
+    return torch.cat([incoming, bias[:, None], outgoing.T], 1)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 5, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_shared_groups_are_the_rows_of_one_matrix(k, dtype):
+    shared, rows = TopK(k, groups=UNITS), TopK(k, groups="rows")
+    grads = shared_weights(seed=7, dtype=dtype)
+    metrics = [metric(*w.shape).to(dtype) for w in grads]
+    for steps in ([0.7] * 3, [0.7, 0.2, 1.5], [torch.tensor(0.7)] * 3, metrics):
+        weights = shared_weights(dtype=dtype)
+        full = [torch.as_tensor(t, dtype=dtype).expand(w.shape) for t, w in zip(steps, weights, strict=True)]
+        expected = rows.prox(as_rows(weights), as_rows(full))
+        shared.prox_all_(weights, steps)
+        assert torch.equal(as_rows(weights), expected)
+        assert shared.value_all(weights) == 0
+        residual = as_rows(shared.residual_all(weights, grads))
+        assert torch.equal(residual, rows.optimality_residual(expected, as_rows(grads)))
+    assert shared.value_all(shared_weights()) == rows.value(as_rows(shared_weights()))
+    assert shared.strengths_max(grads) == [rows.strength_max(as_rows(grads))]
+    assert shared.strengths_max([0 * g for g in grads]) == [0]
+    assert (shared.count(UNITS.total), shared.is_joint, shared.members()) == (k, True, UNITS.names)
+
+
+def test_what_is_in_no_group_is_kept_and_not_counted():
+    some_slices = Shared([Member("a", 0, torch.tensor([0, -1, 1, 2])), Member("b", 0, torch.tensor([2, 1, -1, 0]))])
+    weights = [torch.tensor([3.0, 9.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.1, 0.0])]
+    for k, expected in ((0, [[0, 9, 0, 0], [0, 0, 0.1, 0]]), (1, [[3, 9, 0, 0], [0, 0, 0.1, 0]])):
+        moved = [w.clone() for w in weights]
+        constraint = TopK(k, groups=some_slices)
+        constraint.prox_all_(moved, [1.0, 1.0])
+        assert [w.tolist() for w in moved] == [expected[0], pytest.approx(expected[1])]
+        assert constraint.value_all(moved) == 0
+        assert constraint.value_all(weights) == math.inf
+        residuals = constraint.residual_all(moved, [torch.ones(4)] * 2)
+        alone = torch.tensor(expected[0]) != 0
+        assert torch.equal(residuals[0], alone.float())
+        assert residuals[1].tolist() == [0, 0, 1, 1 if k else 0]
+
+
+@pytest.mark.parametrize("make", [ProxSGD, ProxAdamW])
+def test_units_that_a_model_shares_are_kept_or_removed_whole_and_training_resumes(make):
+    def started():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        reg = Regularizer(model, TopK(2, groups=UNITS))
+        return model, reg, make(reg.param_groups(), lr=0.05)
+
+    def train(model, opt, n):
+        for _ in range(n):
+            opt.zero_grad()
+            model(torch.eye(4)).square().sum().backward()
+            opt.step()
+
+    model, reg, opt = started()
+    assert [name for name, _, _ in reg.penalized()] == ["0.weight", "0.bias", "2.weight"]
+    train(model, opt, 5)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), opt.state_dict()], file)
+    file.seek(0)
+    train(model, opt, 5)
+    again, _, resumed = started()
+    state, opt_state = torch.load(file, weights_only=True)
+    again.load_state_dict(state)
+    resumed.load_state_dict(opt_state)
+    train(again, resumed, 5)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    rows = as_rows([model[0].weight, model[0].bias, model[2].weight])
+    assert (rows != 0).any(1).sum() == 2
+    assert torch.equal(rows.count_nonzero(1), 8 * (rows != 0).any(1))
+    with torch.no_grad():
+        assert reg() == 0
+    assert [(e.count, e.alive) for e in group_sparsity(reg).entries] == [(6, 2)]
+    assert torch.isfinite(kkt_residual(reg, lambda: model(torch.eye(4)).square().sum()))
+
+
+def test_a_frozen_member_is_left_out_and_one_alone_is_refused():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[2].weight.requires_grad_(False)
+    reg = Regularizer(model, TopK(2, groups=UNITS))
+    opt = ProxSGD(reg.param_groups(), lr=0.05)
+    model(torch.eye(4)).square().sum().backward()
+    opt.step()
+    kept = model[0].weight.count_nonzero(1) > 0
+    assert kept.sum() == 2
+    assert torch.equal(model[0].bias != 0, kept)
+    assert model[2].weight.count_nonzero() == 18
+    w = torch.ones(6, 4)
+    for method in (TopK(2, groups=UNITS).prox, TopK(2, groups=UNITS).value):
+        with pytest.raises(ValueError, match="must be given together, got 1"):
+            method(w)
+    assert torch.equal(w, torch.ones(6, 4))
+    with pytest.raises(ValueError, match=r"Expected parameter '0\.weight' to have 6 slices"):
+        Regularizer(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(6, 3)), TopK(2, groups=UNITS))
 
 
 # 2:4 in hardware's terms

@@ -1,21 +1,22 @@
-"""Constraints on how many weights are not zero: of a tensor, of a rule, of the groups of either, or of every block."""
+"""Constraints on how many weights, or groups of weights, are not zero: of a tensor, or of all tensors of a rule."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from torchreg.cuts import Cut, Grid
-from torchreg.groups import Groups, as_groups
+from torchreg.cuts import Cut, Grid, Runs
+from torchreg.groups import Groups, Shared, as_groups
 from torchreg.penalties.base import Step, arithmetic, checked_weight, paired
 from torchreg.penalties.constraints import _Constraint, _ready
-from torchreg.penalties.largest import largest, largest_along
+from torchreg.penalties.largest import largest
 
 T = TypeVar("T", bound="TopK")
 
@@ -40,7 +41,8 @@ class TopK(_Constraint):
         fraction: which fraction of them instead, rounded to a whole number.
         scope: "tensor": k of each tensor; "rule": k of all tensors of a param group together.
         groups: how each weight is cut: a name such as "rows" or "out_channels" (see `torchreg.groups.NAMES`), or a
-            value of `torchreg.groups`; None counts single weights. Groups of different sizes count alike.
+            value of `torchreg.groups`; None counts single weights. Groups of different sizes count alike. Groups that
+            several tensors share are those of all of a rule, and what is in none of them is kept.
 
     Raises:
         ValueError: if not exactly one of k and the fraction is given, k is negative, the fraction outside [0, 1], or
@@ -93,7 +95,19 @@ class TopK(_Constraint):
     @property
     def is_joint(self) -> bool:
         """Whether the tensors of a rule are taken together."""
-        return self.scope == "rule"
+        return self.scope == "rule" or isinstance(self.groups, Shared)
+
+    def members(self) -> tuple[str, ...] | None:
+        """The names of the parameters that share the groups, or None."""
+        return self.groups.names if isinstance(self.groups, Shared) else None
+
+    def bound(self: T, names: Sequence[str]) -> T:
+        """The constraint on those of its `members`, in this order."""
+        return self._with_groups(self.groups.bound(names)) if isinstance(self.groups, Shared) else self
+
+    def restricted(self: T, positions: Sequence[int]) -> T:
+        """The constraint on those of a rule's weights that are at these positions."""
+        return self._with_groups(self.groups.restricted(positions)) if isinstance(self.groups, Shared) else self
 
     def count(self, there: int) -> int:
         """How many of so many weights, or groups, are kept."""
@@ -102,27 +116,29 @@ class TopK(_Constraint):
 
     def to(self: T, device: torch.device | str) -> T:
         """The same constraint with the tensors of its groups on ``device``."""
-        new = super().to(device)
-        if isinstance(self.groups, Groups):
-            object.__setattr__(new, "groups", self.groups.to(device))
-        return new
+        return self._with_groups(self.groups.to(device)) if isinstance(self.groups, Groups) else self
 
     def check_shape(self, shape: torch.Size) -> None:
         """Raise ``ValueError`` unless the groups fit a weight of this shape."""
-        self._cut(shape)
+        if not isinstance(self.groups, Shared):
+            self._cut(shape)
+
+    def check_together(self, shapes: Sequence[torch.Size]) -> None:
+        """Raise ``ValueError`` unless the groups that all weights of a rule share fit them."""
+        if isinstance(self.groups, Shared):
+            self.groups.of_all(shapes)
 
     def violated(self, w: Tensor) -> Tensor:  # noqa: D102
-        return self._used([w])[0] > self.count(self._cut(w.shape).count)
+        return self._used([w]) > self._limit([w])
 
     def value_all(self, weights: Sequence[Tensor]) -> Tensor:  # noqa: D102
         if not self.is_joint or len(weights) == 1:
             return super().value_all(weights)
         for w in weights:
             self.check_weight(w)
-        device, real = weights[0].device, arithmetic(weights[0]).real.dtype
-        used = torch.stack([used.to(device) for used in self._used(weights)]).sum()
-        wrong = torch.where(used > self.count(self._there(weights)), math.inf, 0.0).to(real)
-        unknown = torch.stack([torch.isnan(w).any().to(device) for w in weights]).any()
+        real = arithmetic(weights[0]).real.dtype
+        wrong = torch.where(self._used(weights) > self._limit(weights), math.inf, 0.0).to(real)
+        unknown = torch.stack([torch.isnan(w).any().to(wrong.device) for w in weights]).any()
         return torch.where(unknown, math.nan, wrong)
 
     def prox(self, w: Tensor, step: Step = 1.0) -> Tensor:  # noqa: D102
@@ -157,9 +173,23 @@ class TopK(_Constraint):
         for w, g in zip(weights, grads, strict=True):
             self.check_weight(w)
             checked_weight(g)
-        k = self.count(self._there(weights))
-        used = torch.stack([used.to(weights[0].device) for used in self._used(weights)]).sum()
-        return [_residual(w, g, self._is_used(w), used.to(w.device), k) for w, g in zip(weights, grads, strict=True)]
+        k, used = self._limit(weights), self._used(weights)
+        return [
+            _residual(w, g, is_used, used.to(w.device), k)
+            for w, g, is_used in zip(weights, grads, self._are_used(weights), strict=True)
+        ]
+
+    def strengths_max(self, grads: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
+        if not self.is_joint:
+            return super().strengths_max(grads)
+        residuals = self.residual_all([torch.zeros_like(g) for g in grads], grads)
+        free = torch.stack([(r == 0).all().to(grads[0].device) for r in residuals]).all()
+        return [torch.where(free, 0.0, math.inf).to(residuals[0].dtype)]
+
+    def _with_groups(self: T, groups: Groups) -> T:
+        new = copy.copy(self)
+        object.__setattr__(new, "groups", groups)
+        return new
 
     def _cut(self, shape: Sequence[int]) -> Cut:
         """The groups of a weight, or every weight as one."""
@@ -167,21 +197,33 @@ class TopK(_Constraint):
             return self.groups.of(shape)
         return Grid(tuple(shape), tuple(range(len(shape))))
 
-    def _there(self, weights: Sequence[Tensor]) -> int:
-        return sum(self._cut(w.shape).count for w in weights)
+    def _limit(self, weights: Sequence[Tensor]) -> int:
+        """How many weights, or groups, of these tensors together may be not zero."""
+        if isinstance(self.groups, Shared):
+            return self.count(self.groups.total)
+        return self.count(sum(self._cut(w.shape).count for w in weights))
 
-    def _used(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """How many weights, or groups, of each tensor are not zero."""
+    def _used(self, weights: Sequence[Tensor]) -> Tensor:
+        """How many weights, or groups, of these tensors together are not zero."""
+        if isinstance(self.groups, Shared):
+            cut = _shared(self.groups, weights)
+            return torch.count_nonzero(_alive(cut, cut.gathered([w != 0 for w in weights]))[: self.groups.total])
         if self.groups is None:
-            return [torch.count_nonzero(w) for w in weights]
-        return [torch.count_nonzero(_alive(self._cut(w.shape), w)) for w in weights]
+            used = [torch.count_nonzero(w) for w in weights]
+        else:
+            used = [torch.count_nonzero(_alive(self._cut(w.shape), w)) for w in weights]
+        return torch.stack([u.to(weights[0].device) for u in used]).sum()
 
-    def _is_used(self, w: Tensor) -> Tensor:
-        """For every weight, whether it is not zero, or its group is not."""
+    def _are_used(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """For every weight, whether it is not zero, or its group is not; one that is in none counts as used."""
+        if isinstance(self.groups, Shared):
+            cut = _shared(self.groups, weights)
+            alive = _alive(cut, cut.gathered([w != 0 for w in weights]))
+            return cut.parted(cut.spread(_with_loose(cut, alive)))
         if self.groups is None:
-            return w != 0
-        cut = self._cut(w.shape)
-        return _at_weights(cut, _alive(cut, w), w)
+            return [w != 0 for w in weights]
+        cuts = [self._cut(w.shape) for w in weights]
+        return [_at_weights(cut, _alive(cut, w), w) for cut, w in zip(cuts, weights, strict=True)]
 
     def _keep_only(self, pairs: Sequence[tuple[Tensor, Step]]) -> None:
         for w, _ in pairs:
@@ -197,126 +239,33 @@ class TopK(_Constraint):
         alike = all(not isinstance(step, Tensor) and step == steps[0] for step in steps)
         moduli = [arithmetic(w.detach()).abs() for w, _ in pairs]
         each = moduli if alike else [_score(m, step) for m, step in zip(moduli, steps, strict=True)]
-        cuts = [self._cut(w.shape) for w, _ in pairs]
-        scores = [_norms(cut, s) for cut, s in zip(cuts, each, strict=True)]
-        device = scores[0].device
-        together = scores[0] if len(scores) == 1 else torch.cat([s.to(device) for s in scores])
-        chosen = largest(together, self.count(together.numel())).split([s.numel() for s in scores])
         kept = []
-        for (w, _), step, cut, mask in zip(pairs, steps, cuts, chosen, strict=True):
-            mask = (_at_weights(cut, mask.to(w.device), w) & (w != 0)) | torch.isnan(w)
+        for (w, _), step, mask in zip(pairs, steps, self._largest([w for w, _ in pairs], each), strict=True):
+            mask = (mask.to(w.device) & (w != 0)) | torch.isnan(w)
             kept.append(mask | (step == 0) if isinstance(step, Tensor) or step == 0 else mask)
         return kept
 
+    def _largest(self, weights: Sequence[Tensor], scores: list[Tensor]) -> list[Tensor]:
+        """For every weight of these tensors, whether its score, or that of its group, is among the k largest."""
+        if isinstance(self.groups, Shared):
+            cut = _shared(self.groups, weights)
+            chosen = largest(_norms(cut, cut.gathered(scores))[: self.groups.total], self._limit(weights))
+            return cut.parted(cut.spread(_with_loose(cut, chosen)))
+        cuts = [self._cut(w.shape) for w in weights]
+        norms = [_norms(cut, s) for cut, s in zip(cuts, scores, strict=True)]
+        together = norms[0] if len(norms) == 1 else torch.cat([n.to(norms[0].device) for n in norms])
+        chosen = largest(together, self._limit(weights))
+        parts = chosen.split([n.numel() for n in norms])
+        return [_at_weights(cut, part, s) for cut, part, s in zip(cuts, parts, scores, strict=True)]
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class NM(_Constraint):
-    """N:M sparsity: of every m consecutive weights along a dimension at most n are not zero.
 
-    R(w) = 0 where #{w_b ≠ 0} ≤ n for all blocks b, else ∞,  prox(w)_b = w_b with all but its n largest moduli set to
-    zero; of equal ones the first are kept. In a diagonal metric, with one step τ per weight, those with the largest
-    |w|/√τ are kept, and a weight whose step is 0 is. Zeros in the pattern 2:4 are what sparse tensor cores skip.
+def _shared(groups: Shared, weights: Sequence[Tensor]) -> Runs:
+    return groups.of_all([w.shape for w in weights], weights[0].device)
 
-    It has no gradient: only a proximal optimizer can apply it. Nothing is read on the host.
 
-    Args:
-        n: how many weights of a block are kept.
-        m: the size of a block; it must divide the dimension.
-        dim: the dimension along which the blocks lie, from the end if it is negative. None is the input dimension of
-            linear layers and convolutions, which hardware and `torch.sparse.to_sparse_semi_structured` ask for: 1, the
-            last of a matrix and the in-channels of a kernel; of a vector 0. (Of a transposed convolution, whose weight
-            is (in, out, …), it is 0.)
-
-    Raises:
-        ValueError: if n is below 1 or above m; for a weight that has no such dimension, or one that m does not divide
-            (leave it out of the rule, as the first layer of an image model with 3 in-channels).
-        TypeError: if a number is no integer.
-
-    >>> import torch
-    >>> from torchreg import NM
-    >>> NM(2, 4).prox(torch.tensor([[3.0, -1.0, 0.5, -2.0, 1.0, 1.0, 1.0, 0.0]]))
-    tensor([[ 3.,  0.,  0., -2.,  1.,  1.,  0.,  0.]])
-
-    Source: Zhou, Ma, Zhu, Liu, Zhang, Yuan, Sun and Li, Learning N:M fine-grained structured sparse neural networks
-    from scratch, ICLR 2021; Mishra et al., Accelerating sparse deep neural networks, arXiv 2021.
-    """
-
-    n: int = 2
-    m: int = 4
-    dim: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("n", "m", "dim"):
-            value: Any = getattr(self, name)
-            if name == "dim" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"Expected `{name}` to be an integer{' or None' * (name == 'dim')}, got {value!r}.")
-            object.__setattr__(self, name, int(value))
-        if not 1 <= self.n <= self.m:
-            raise ValueError(f"Expected 1 ≤ `n` ≤ `m`, got n={self.n} and m={self.m}.")
-
-    def check_shape(self, shape: torch.Size) -> None:
-        """Raise ``ValueError`` unless m divides the dimension of a weight of this shape."""
-        self._axis(shape)
-
-    def violated(self, w: Tensor) -> Tensor:  # noqa: D102
-        return self._used(w) > self.n
-
-    def prox(self, w: Tensor, step: Step = 1.0) -> Tensor:  # noqa: D102
-        self.check_weight(w)
-        step = _ready(step, w)
-        return w.clone() if _is_zero(step) else torch.where(self._kept(w, step), w, 0)
-
-    @torch.no_grad()
-    def prox_(self, w: Tensor, step: Step = 1.0) -> Tensor:  # noqa: D102
-        self.check_weight(w)
-        step = _ready(step, w)
-        return w if _is_zero(step) else w.masked_fill_(~self._kept(w, step), 0)
-
-    def optimality_residual(self, w: Tensor, grad: Tensor) -> Tensor:
-        """|grad| where w ≠ 0; elsewhere 0 if n of the block are not zero, and |grad| if more may be.
-
-        That is the distance from −grad to the regular normal cone; infinite in a block with more than n.
-        """
-        self.check_weight(w)
-        g = checked_weight(grad)
-        used = self._used(w).expand(self._blocks(w).shape).reshape(w.shape)
-        return _residual(w, g, w != 0, used, self.n)
-
-    def _axis(self, shape: Sequence[int]) -> int:
-        """The dimension, counted from the front."""
-        dim = min(1, len(shape) - 1) if self.dim is None else self.dim
-        if not -len(shape) <= dim < len(shape) or not shape:
-            asked = "a dimension" if self.dim is None else f"a dimension {dim}"
-            raise ValueError(f"Expected a weight with {asked} for {self.n}:{self.m} sparsity, got {tuple(shape)}.")
-        dim %= len(shape)
-        if shape[dim] % self.m:
-            raise ValueError(
-                f"Expected m={self.m} of {self.n}:{self.m} sparsity to divide the size {shape[dim]} of dimension {dim} "
-                f"of the weight's shape {tuple(shape)}."
-            )
-        return dim
-
-    def _blocks(self, x: Tensor) -> Tensor:
-        """A view of ``x`` with one more dimension, after the one that is cut: the place in a block."""
-        dim = self._axis(x.shape)
-        return x.view(*x.shape[:dim], x.shape[dim] // self.m, self.m, *x.shape[dim + 1 :])
-
-    def _used(self, w: Tensor) -> Tensor:
-        """How many weights of each block are not zero."""
-        return (self._blocks(w) != 0).sum(self._axis(w.shape) + 1, keepdim=True)
-
-    def _kept(self, w: Tensor, step: Step) -> Tensor:
-        """For every weight, whether it is kept."""
-        scores = arithmetic(w.detach()).abs()
-        if isinstance(step, Tensor) and step.numel() != 1:
-            scores = _score(scores, step)
-        scores = torch.where(torch.isnan(scores), math.inf, scores)
-        kept = largest_along(self._blocks(scores), self._axis(w.shape) + 1, self.n).reshape(w.shape)
-        kept = (kept & (w != 0)) | torch.isnan(w)
-        return kept | (step == 0) if isinstance(step, Tensor) else kept
+def _with_loose(cut: Cut, groups: Tensor) -> Tensor:
+    """A bool for each group, with one more for the weights that are in none: true."""
+    return torch.cat([groups[: cut.count - 1], groups.new_ones(1)]) if cut.loose else groups
 
 
 def _at_weights(cut: Cut, values: Tensor, w: Tensor) -> Tensor:
