@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torchreg
-from torchreg import L1, ElasticNet, GroupLasso, ProxAdamW, ProxSGD, SparseGroupLasso
+from torchreg import L1, ElasticNet, GroupLasso, ProxAdamW, ProxSGD, SparseGroupLasso, TopK
 from torchreg.groups import Blocks, Heads, Labels, Slices, as_groups
 from torchreg.penalties import from_dict, secular
 
@@ -583,10 +583,10 @@ def test_training_empties_channels_and_resumes_bit_for_bit(make):
     assert torch.equal(zero.all(1), zero.any(1))
 
 
-def test_a_target_of_single_weights_is_refused():
+def test_a_target_for_a_strength_that_zeroes_nothing_is_refused():
     w = nn.Parameter(torch.ones(4))
-    for penalty in (GroupLasso(1.0), SparseGroupLasso(0.5, 0.5)):
-        with pytest.raises(ValueError, match="does not zero weights one by one"):
+    for penalty in (GroupLasso(0.0), SparseGroupLasso(0.0, 0.0, l2=1.0), TopK(2, groups="rows")):
+        with pytest.raises(ValueError, match=r"whose strength does not zero weights|has a penalty with a strength to move"):
             torchreg.TargetSparsity(ProxSGD([w], lr=0.1, penalty=penalty), 0.5, until=10)
 
 

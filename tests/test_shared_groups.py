@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torchreg
-from torchreg import L1, GroupLasso, SparseGroupLasso, penalties
+from torchreg import L1, GroupLasso, SparseGroupLasso, TopK, penalties
 from torchreg.groups import Member, Shared
 from torchreg.rules import WEIGHTS
 
@@ -263,3 +263,30 @@ def test_other_weights_may_have_other_penalties():
     model = _model()
     reg = torchreg.Regularizer(model, [(Shared(UNITS.members[:2]), GroupLasso(0.1, UNITS)), (WEIGHTS, L1(0.2))])
     assert [penalty.type_name for _, _, penalty in reg.penalized()] == ["GroupLasso", "GroupLasso", "L1"]
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 6, 9])
+@pytest.mark.parametrize("metric", [False, True])
+def test_at_most_k_shared_groups_are_kept(k, metric):
+    steps = [0.2 + w.abs() for w in _weights(seed=2)] if metric else [0.7] * 3
+    full = [torch.as_tensor(s, dtype=torch.float64).expand(w.shape) for s, w in zip(steps, _weights(), strict=True)]
+    weights, rows = _weights(), _rows(_weights())
+    penalty = TopK(k, groups=UNITS)
+    penalty.prox_all_(weights, steps)
+    expected = TopK(k, groups="rows").prox(rows, _rows(full) if metric else 0.7)
+    assert torch.equal(_rows(weights), expected)
+    assert penalty.value_all(weights) == 0
+    assert penalty.value_all(_weights()) == (torch.inf if k < 5 else 0)
+    grads = _weights(seed=1)
+    found = penalty.residual_all(weights, grads)
+    assert torch.equal(_rows(found), TopK(k, groups="rows").optimality_residual(expected, _rows(grads)))
+
+
+def test_a_bare_constraint_on_shared_groups_selects_them():
+    model = _model()
+    optimizer = torchreg.ProxSGD(torchreg.Regularizer(model, TopK(2, groups=UNITS)).param_groups(), lr=0.1)
+    model(torch.ones(2, 4).double()).sum().backward()
+    optimizer.step()
+    alive = _rows([model[0].weight, model[0].bias, model[2].weight]).any(1)
+    assert alive.sum() == 2
+    assert model[2].bias.all()

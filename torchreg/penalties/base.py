@@ -153,13 +153,13 @@ class Penalty(ABC):
 
     _strength_names: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.type_name = cls.__name__
         own = [name for name, value in vars(cls).items() if isinstance(value, dataclasses.Field)]
         strengths = tuple(name for name in own if vars(cls)[name].metadata.get("strength"))
         cls._strength_names = cls._strength_names + strengths  # here, since torch.compile cannot trace fields()
-        if not cls.__name__.startswith("_"):
+        if not abstract and not cls.__name__.startswith("_"):
             _REGISTRY[cls.__name__] = cls
 
     def __post_init__(self) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +14,14 @@ from torchreg.cuts import Cut, Grid, Runs
 from torchreg.groups import Groups, Shared, as_groups
 from torchreg.penalties.base import Step, arithmetic, checked_weight, paired
 from torchreg.penalties.constraints import _Constraint, _ready
+from torchreg.penalties.grouping import TakesGroups
 from torchreg.penalties.largest import largest
-
-T = TypeVar("T", bound="TopK")
 
 _SCOPES = ("tensor", "rule")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TopK(_Constraint):
+class TopK(TakesGroups, _Constraint):
     """At most k weights, or groups of weights, are not zero, in each tensor or in all tensors of a rule together.
 
     R(w) = 0 where #{w ≠ 0} ≤ k, else ∞,  prox(w) = w with all but its k largest moduli set to zero; of equal ones
@@ -88,35 +85,14 @@ class TopK(_Constraint):
             object.__setattr__(self, "groups", as_groups(self.groups))
 
     @property
-    def is_grouped(self) -> bool:
-        """Whether it is groups that are kept or not."""
-        return self.groups is not None
-
-    @property
     def is_joint(self) -> bool:
         """Whether the tensors of a rule are taken together."""
-        return self.scope == "rule" or isinstance(self.groups, Shared)
-
-    def members(self) -> tuple[str, ...] | None:
-        """The names of the parameters that share the groups, or None."""
-        return self.groups.names if isinstance(self.groups, Shared) else None
-
-    def bound(self: T, names: Sequence[str]) -> T:
-        """The constraint on those of its `members`, in this order."""
-        return self._with_groups(self.groups.bound(names)) if isinstance(self.groups, Shared) else self
-
-    def restricted(self: T, positions: Sequence[int]) -> T:
-        """The constraint on those of a rule's weights that are at these positions."""
-        return self._with_groups(self.groups.restricted(positions)) if isinstance(self.groups, Shared) else self
+        return self.scope == "rule" or super().is_joint
 
     def count(self, there: int) -> int:
         """How many of so many weights, or groups, are kept."""
         wanted = self.k if self.k is not None else round((self.fraction or 0.0) * there)
         return min(wanted, there)
-
-    def to(self: T, device: torch.device | str) -> T:
-        """The same constraint with the tensors of its groups on ``device``."""
-        return self._with_groups(self.groups.to(device)) if isinstance(self.groups, Groups) else self
 
     def check_shape(self, shape: torch.Size) -> None:
         """Raise ``ValueError`` unless the groups fit a weight of this shape."""
@@ -185,11 +161,6 @@ class TopK(_Constraint):
         residuals = self.residual_all([torch.zeros_like(g) for g in grads], grads)
         free = torch.stack([(r == 0).all().to(grads[0].device) for r in residuals]).all()
         return [torch.where(free, 0.0, math.inf).to(residuals[0].dtype)]
-
-    def _with_groups(self: T, groups: Groups) -> T:
-        new = copy.copy(self)
-        object.__setattr__(new, "groups", groups)
-        return new
 
     def _cut(self, shape: Sequence[int]) -> Cut:
         """The groups of a weight, or every weight as one."""

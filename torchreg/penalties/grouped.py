@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from torchreg.penalties.base import (
     paired,
     representable,
 )
+from torchreg.penalties.grouping import TakesGroups
 from torchreg.penalties.separable import _is_zero, _sum_of_moduli, _sum_of_squares, soft_threshold
 
 G = TypeVar("G", bound="Grouped")
@@ -55,7 +55,7 @@ class _Ready:
         return self.cut.parted(x) if isinstance(self.cut, Runs) else [x]
 
 
-class Grouped(Penalty):
+class Grouped(TakesGroups, abstract=True):
     """``R(w) = l1 Σ|w| + λ Σ_g c_g ‖w_g‖₂ + l2 Σ|w|²``: all mathematics of the penalties here."""
 
     groups: Groups | str
@@ -72,36 +72,11 @@ class Grouped(Penalty):
         """The strengths (l1, λ, l2)."""
         raise NotImplementedError(f"{self.type_name} must define parts()")
 
-    @property
-    def is_grouped(self) -> bool:
-        return True
-
-    @property
-    def is_joint(self) -> bool:
-        return isinstance(self.groups, Shared)
-
-    def members(self) -> tuple[str, ...] | None:
-        return self.groups.names if isinstance(self.groups, Shared) else None
-
-    def bound(self: G, names: Sequence[str]) -> G:
-        return self if not isinstance(self.groups, Shared) else self._with_groups(self.groups.bound(names))
-
-    def restricted(self: G, positions: Sequence[int]) -> G:
-        return self if not isinstance(self.groups, Shared) else self._with_groups(self.groups.restricted(positions))
-
-    def to(self: G, device: torch.device | str) -> G:
-        """The same penalty with the tensors of its groups on ``device``."""
-        return super().to(device)._with_groups(self._groups.to(device))
-
     def check_shape(self, shape: torch.Size) -> None:
         """Raise ``ValueError`` unless the groups fit a weight of this shape, and every strength is one number."""
         self._check_strengths()  # `scaled` may have multiplied by any tensor
         if not self.is_joint:
             self._groups.of(shape)
-
-    def check_together(self, shapes: Sequence[torch.Size]) -> None:
-        if isinstance(self.groups, Shared):
-            self.groups.of_all(shapes)
 
     def run(self, w: Tensor) -> int | None:
         """The size of the groups if each is a run of neighbours in the memory of the dense weight, else None."""
@@ -298,13 +273,6 @@ class Grouped(Penalty):
             cut = self._groups.of(x.shape)
         l1, group, l2 = (like(part, x) for part in self.parts())
         return _Ready(x, cut, l1, group * self._weights(cut, x), l2)
-
-    def _with_groups(self: G, groups: Groups) -> G:
-        if groups is self.groups:
-            return self
-        new = copy.copy(self)
-        object.__setattr__(new, "groups", groups)
-        return new
 
     def _weights(self, cut: Cut, x: Tensor) -> float | Tensor:
         """c for all groups, or for each."""
