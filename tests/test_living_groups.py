@@ -172,3 +172,44 @@ def test_inspect_says_so_where_nothing_can_be_cut(model, tmp_path, capsys):
     path = tmp_path / "model.pt"
     torch.save(model.state_dict(), path)
     assert_refused(capsys, ["inspect", str(path), "--groups", "blocks=1000"], "can be cut into")
+
+
+def test_the_monitor_logs_what_it_is_asked_to_measure(model):
+    writer = Writer()
+    values = iter([{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 3.0, "b": 4.0}])
+    measures = {"own": lambda: next(values), "number": lambda: 7}
+    monitor = torchreg.SparsityMonitor(model, writer, every=1, measures=measures)
+    monitor.step()
+    monitor.step()
+    assert writer.scalars["own/a"] == [(1, 1.0), (2, 3.0)]
+    assert writer.scalars["own/b"] == [(1, 2.0), (2, 4.0)]
+    assert writer.scalars["number"] == [(1, 7.0), (2, 7.0)]
+    with pytest.warns(RuntimeWarning, match="The measure 'own' failed"):
+        monitor.step()
+    monitor.step()
+    assert len(writer.scalars["own/a"]) == 2
+    assert len(writer.scalars["number"]) == 4
+    with pytest.raises(TypeError, match="measure 'x' to be a function, got int"):
+        torchreg.SparsityMonitor(model, writer, measures={"x": 3})
+
+
+def test_the_size_of_a_compacted_model_is_logged_while_it_is_trained(model):
+    pytest.importorskip("torch_pruning", reason="needs torch-pruning")
+    x = torch.randn(2, 2, 4, 4)
+    with torch.no_grad():
+        model[0].bias[4] = 0
+    writer = Writer()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    size = torchreg.export.CompactedSize(model, x)
+    monitor = torchreg.SparsityMonitor(model, writer, every=1, measures={"compacted": size})
+    monitor.step()
+    with torch.no_grad():
+        model[0].weight[5], model[0].bias[5] = 0, 0
+    monitor.step()
+    for step in (0, 1):
+        alive = 3 - step  # 1 and 4 are zero, 0 is not used
+        assert writer.scalars["compacted/parameters"][step][1] == alive * (2 * 9 + 1) + 4 * (4 * alive + 1)
+    dense = torchreg.export.compact(model, x, seconds=0).report
+    assert writer.scalars["compacted/flops"][1][1] == dense.flops[1]
+    before["0.weight"][5], before["0.bias"][5] = 0, 0
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

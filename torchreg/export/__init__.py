@@ -3,6 +3,7 @@
 from torchreg.coupling.heads import Attention
 from torchreg.export.compact_report import CompactReport, Shrunk
 from torchreg.export.compaction import Compacted, compact
+from torchreg.export.size_now import CompactedSize
 from torchreg.export.sparse_file import load_sparse, save_sparse
 from torchreg.export.sparse_layers import Converted, LayerChoice, SparseLinear, to_semi_structured, to_sparse_csr
 
@@ -10,6 +11,7 @@ __all__ = [
     "Attention",
     "CompactReport",
     "Compacted",
+    "CompactedSize",
     "Converted",
     "LayerChoice",
     "Shrunk",

@@ -90,7 +90,7 @@ def compact(
     couplings = coupled_groups(model, example_input, ignore, heads)
     model, example = unwrapped(model), Example.of(example_input)
     described = declared(model, heads)
-    usable, left = _usable(model, couplings, described)
+    usable, left = usable_couplings(model, couplings, described)
     with undisturbed(example):
         gone = removable(model, usable, Probe(private_copy(model), example))
     cuts = [(coupling, dead) for coupling, dead in zip(usable, gone, strict=True) if bool(dead.any())]
@@ -121,7 +121,7 @@ def compact(
     return Compacted(small, report)
 
 
-def _usable(
+def usable_couplings(
     model: nn.Module, couplings: Couplings, described: Mapping[str, Attention]
 ) -> tuple[list[Coupling], list[LeftAlone]]:
     """Couplings that surgery can cut, and those that it can't."""

@@ -24,6 +24,7 @@ class Log:
         positions: the row of each weight in the counts of the optimizer's step, where it was counted there.
         shapes: of all weights, by name.
         penalties: the penalty of each weight whose counts tell its value.
+        measured: the user's own measures, by tag.
     """
 
     def __init__(self, step: int) -> None:
@@ -33,6 +34,7 @@ class Log:
         self.positions: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.penalties: dict[str, Penalty] = {}
+        self.measured: dict[str, float] = {}
         self._rows: list[list[float]] = []
 
     def ask(self, kind: str, name: str, tensor: Tensor) -> None:

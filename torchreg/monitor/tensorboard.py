@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -69,9 +69,13 @@ class SparsityMonitor:
         images: also log images of the masks (``mask/<parameter>``): white where weights are, black for zeros.
         custom_scalars: also write a layout for TensorBoard's Custom Scalars page. TensorBoard keeps only the last
             layout of a run: leave it off where you write your own.
+        measures: more to log, by tag: functions that return a number, or a dict of them for several tags below that
+            one, such as ``{"compacted": torchreg.export.CompactedSize(model, x)}``. One that fails is left out from
+            then on, with a warning.
 
     Raises:
-        TypeError: if the writer has no method for what it is asked to log, or the source holds no tensors.
+        TypeError: if the writer has no method for what it is asked to log, the source holds no tensors, or a measure
+            can't be called.
         ValueError: if ``every`` is not a positive integer, or a tensor holds no values (on the meta device).
 
     >>> import torch, torchreg
@@ -99,6 +103,7 @@ class SparsityMonitor:
         histograms: bool = False,
         images: bool = False,
         custom_scalars: bool = False,
+        measures: Mapping[str, Callable[[], float | Mapping[str, float]]] | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Expected `every` to be a positive integer, got {every!r}.")
@@ -108,6 +113,7 @@ class SparsityMonitor:
         self.every = every
         self.optimizer = optimizer
         self.histograms = histograms
+        self.measures = _checked_measures(measures)
         self.images = images
         self.steps = 0
         self.report: SparsityReport | None = None
@@ -181,6 +187,7 @@ class SparsityMonitor:
                 log.ask("histogram", name, nonzero_histogram(w))
             if self.images and w.ndim >= 2 and w.numel():
                 log.ask("mask", name, mask_image(w))
+        log.measured = dict(self._measured())
         self._logged_at = self.steps
         transfer = Transfer(list(log.asked.values()), wait=not log.positions)
         if self._pending is not None:
@@ -203,6 +210,8 @@ class SparsityMonitor:
             self._scalar(log, tag, float(value))
         if log.penalties:
             self._scalar(log, "loss/penalty", log.penalty())
+        for tag, measured in log.measured.items():
+            self._scalar(log, tag, measured)
         for name, alive in log.received("groups"):
             self._scalar(log, f"groups/{name}", int(alive.sum()))
             if self.images and len(alive):
@@ -300,6 +309,21 @@ class SparsityMonitor:
                 if step is not None:
                     yield f"threshold/group{i}", group["penalty"].threshold(step)
 
+    def _measured(self) -> Iterator[tuple[str, float]]:
+        for tag, measure in list(self.measures.items()):
+            try:
+                found = measure()
+                values = {f"{tag}/{k}": v for k, v in found.items()} if isinstance(found, Mapping) else {tag: found}
+                yield from [(name, _number(name, value)) for name, value in values.items()]
+            except Exception as error:
+                del self.measures[tag]
+                warnings.warn(
+                    f"The measure {tag!r} failed ({type(error).__name__}: {error}); it is not logged any more, the "
+                    "training goes on.",
+                    RuntimeWarning,
+                    stacklevel=_callers_level(),
+                )
+
     def _scalar(self, log: Log, tag: str, value: float) -> None:
         if tag != STRENGTH_SCALE:
             self._write("add_scalar", tag, value, log.step)
@@ -351,6 +375,14 @@ def _check_writer(writer: Any, *, histograms: bool, images: bool, custom_scalars
         raise TypeError(
             f"Expected a writer with {', '.join(missing)}(), such as SummaryWriter, got {type(writer).__name__}."
         )
+
+
+def _checked_measures(measures: Any) -> dict[str, Callable[[], Any]]:
+    found = dict(measures or {})
+    for tag, measure in found.items():
+        if not callable(measure):
+            raise TypeError(f"Expected the measure {tag!r} to be a function, got {type(measure).__name__}.")
+    return found
 
 
 def _tensor(value: Tensor | float) -> Tensor:
