@@ -21,7 +21,7 @@ from torchreg.export.surgery import without
 class CompactedSize:
     """Parameters and FLOPs of a model if `compact` took it now, for ``SparsityMonitor(..., measures=...)``.
 
-    What hangs together is found once. A call copies the model, cuts what is zero out of the copy, and counts; no outputs
+    What hangs together is found once. A call copies the model, cuts what is zero out of the copy and counts; no outputs
     are compared and no latency is measured, so that it takes about as long as a few steps.
 
     Args:
