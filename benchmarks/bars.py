@@ -9,6 +9,8 @@ from typing import Any
 from adam_contenders import BASELINE as ADAMW
 from adam_contenders import FUSED as ADAM_FUSED
 from contenders import BASELINE, BY_HAND, COUNTS_READ, FUSED, LOSS_TERM, PAT, SOFT_FOREACH
+from group_contenders import FUSED as GROUPS_FUSED
+from group_contenders import PAT as GROUPS_PAT
 from workload import LARGE, LISTS, count
 
 
@@ -42,6 +44,8 @@ BARS = {
         *_all(ADAM_FUSED, ADAMW, 1.15, _BOTH[:1]),
         *_all(ADAM_FUSED, ADAMW, 1.30, _BOTH[1:]),
         *_all(_L1, PAT, 1 / 10, _BOTH),
+        *_all(GROUPS_FUSED, BASELINE, 1.4, _BOTH[:1]),
+        *_all(GROUPS_FUSED, GROUPS_PAT, 1 / 5, _BOTH[1:]),
         *_all((LOSS_TERM,), BY_HAND, 1 / 3, _BOTH),
     ],
     "cuda": [
@@ -54,6 +58,7 @@ BARS = {
             *_all(ADAM_FUSED, ADAMW, 1.05, _LARGE),
             *_all(_L1, SOFT_FOREACH, 1 / 2.2, _LARGE),
             *_all(_L1, PAT, 1 / 5, _LARGE),
+            *_all(GROUPS_FUSED, BASELINE, 1.2, _LARGE),
             *_all((COUNTS_READ,), FUSED[0], 1.01, _LARGE),
         )
     ],

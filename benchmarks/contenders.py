@@ -26,7 +26,7 @@ MOST_COMPILED = 200
 
 Step = Callable[[], Tensor | None]
 Formula = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""Of weight, gradient and number of steps: the weight and gradient afterwards."""
+"""Of weights, gradients and number of steps: the weights and gradients afterwards. They are vectors, or matrices."""
 
 
 def proximal(l1: float = 0.0, l2: float = 0.0) -> Formula:
@@ -66,7 +66,7 @@ def _sgd(work: Workload, **form: bool) -> torch.optim.Optimizer:
     return _with_buffers(torch.optim.SGD(work.params, lr=LR, momentum=MOMENTUM, **form), work)
 
 
-def _prox_sgd(work: Workload, penalty: Penalty, **form: bool) -> ProxSGD:
+def prox_sgd(work: Workload, penalty: Penalty, **form: bool) -> ProxSGD:
     return _with_buffers(ProxSGD(work.params, lr=LR, momentum=MOMENTUM, penalty=penalty, **form), work)
 
 
@@ -125,12 +125,12 @@ def pat_lasso(work: Workload) -> Step:
 
 def compiled(work: Workload) -> Step:
     torch.compiler.reset()  # no dynamic shapes because an earlier list had others
-    return torch.compile(_prox_sgd(work, L1(STRENGTH), foreach=True).step, dynamic=False)
+    return torch.compile(prox_sgd(work, L1(STRENGTH), foreach=True).step, dynamic=False)
 
 
 def counts_read(work: Workload) -> Step:
     """The zeros that the step counted itself: cheaper than a pass over the weights."""
-    optimizer = _prox_sgd(work, L1(STRENGTH), fused=True)
+    optimizer = prox_sgd(work, L1(STRENGTH), fused=True)
 
     def step() -> Tensor:
         optimizer.step()
@@ -220,6 +220,7 @@ class Contender:
         figure: what the step's own result is to agree with, if it has one.
         missing: why it can't take part, or None.
         patient: whether it takes too long for --quick.
+        by_rows: whether the formula is one for rows, and given those.
     """
 
     name: str
@@ -228,6 +229,7 @@ class Contender:
     figure: Callable[[Workload], float] | None = None
     missing: Callable[[Workload], str | None] = nothing_missing
     patient: bool = False
+    by_rows: bool = False
 
 
 BASELINE = "SGD, fused"
@@ -248,7 +250,7 @@ def _ours() -> list[Contender]:
             rows.append(
                 Contender(
                     f"ProxSGD {name}, {form}",
-                    lambda work, penalty=penalty, wish=wish: _prox_sgd(work, penalty, **wish).step,
+                    lambda work, penalty=penalty, wish=wish: prox_sgd(work, penalty, **wish).step,
                     formula,
                     missing=no_fused_step if form == "fused" else nothing_missing,
                 )

@@ -47,8 +47,9 @@ def check(contender: Contender, step: Step, work: Workload) -> None:
         if seen[p.shape] > 2:
             continue
         every = p.numel() // SAMPLE | 1
+        shape = (len(p), -1) if contender.by_rows else (-1,)
         start, start_grad, w, g = (
-            t.view(-1)[::every].double() for t in (work.start[i], work.start_grads[i], p, p.grad)
+            t.view(shape)[::every].double() for t in (work.start[i], work.start_grads[i], p, p.grad)
         )
         expected_w, expected_g = contender.formula(start, start_grad, STEPS)
         for what, got, expected, scale in (("weight", w, expected_w, start), ("gradient", g, expected_g, start_grad)):

@@ -20,6 +20,7 @@ from typing import Any
 
 import adam_contenders
 import contenders
+import group_contenders
 import torch
 import workload
 from bars import judged
@@ -52,7 +53,7 @@ def compare(work: Workload, quick: bool, seconds: float, tell: Callable[[str], N
         Disagreement: if the output of one is wrong; nothing is timed then.
     """
     steps, skipped = {}, {}
-    for contender in (*contenders.CONTENDERS, *adam_contenders.CONTENDERS):
+    for contender in (*contenders.CONTENDERS, *adam_contenders.CONTENDERS, *group_contenders.CONTENDERS):
         reason = "left out by --quick" if quick and contender.patient else contender.missing(work)
         if reason:
             skipped[contender.name] = reason

@@ -15,12 +15,13 @@ with pytest.MonkeyPatch.context() as patch:
     import adam_contenders
     import bars
     import contenders
+    import group_contenders
     import measurement
     import step
     import workload
 
 CPU = torch.device("cpu")
-EVERY = [*contenders.CONTENDERS, *adam_contenders.CONTENDERS]
+EVERY = [*contenders.CONTENDERS, *adam_contenders.CONTENDERS, *group_contenders.CONTENDERS]
 SMALL = [(70, 3), (64,), (257,), (257,)]
 
 
