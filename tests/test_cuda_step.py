@@ -16,7 +16,7 @@ from optimizer_cases import (
 )
 from torch import nn
 
-from torchreg import L1, ElasticNet
+from torchreg import L1, ElasticNet, GroupLasso, ProxSGD, SparseGroupLasso
 from torchreg.kernels import triton_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -47,6 +47,27 @@ def test_results_are_those_of_the_cpu(case, hyper, penalty, form, dtype):
         b.step()
     for expected, got in zip(params, moved, strict=True):
         torch.testing.assert_close(got.cpu(), expected, equal_nan=True)
+
+
+@optimizers_and_hyperparameters
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("penalty", [GroupLasso(0.05), SparseGroupLasso(0.02, 0.03, l2=0.1)], ids=str)
+def test_groups_are_those_of_the_cpu(case, hyper, penalty, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 3), (50, 16), (9, 1000), (2, 5000), (2, 20_000), (4, 3, 5, 5)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    set_gradients(params, 0)
+    moved = on_gpu(params)
+    a, b = case(params, penalty=penalty, **hyper), case(moved, penalty=penalty.to("cuda"), **hyper)
+    for step in range(3):
+        set_gradients(params, step)
+        for p, cpu in zip(moved, params, strict=True):
+            p.grad = cpu.grad.cuda()
+        a.step()
+        b.step()
+    assert b.step_counts() is not None or case.optimizer is not ProxSGD
+    for expected, got in zip(params, moved, strict=True):
+        torch.testing.assert_close(got.cpu(), expected)
 
 
 @optimizers_and_hyperparameters

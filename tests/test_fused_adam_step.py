@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from optimizer_cases import PENALTIES, parameters, set_gradients, snapshot
 from test_fused_step import RUNS, Poisoned, brute_force, drawn, dtypes, grouped, one_and_two_threads, spread, using
-from test_triton_step import COMPILE
+from test_triton_step import compiled
 from torch import nn
 from triton_support import require_triton
 
@@ -211,13 +208,7 @@ def test_groups_go_together_and_count_what_they_leave():
 
 
 def test_the_kernel_compiles_for_a_gpu_and_reads_16_bytes_at_once(tmp_path):
-    """Compiling needs no GPU, only Triton's own assembler."""
     require_triton()
-    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE.replace("prox_sgd", "prox_adam")]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for line in done.stdout.splitlines():
-        wide, built = line.split()
-        assert int(wide) >= 4  # weights, gradients and two moments
-        assert built == "True"
+    for wide, built in compiled("triton_prox_adam.prox_adam", 0, tmp_path):
+        assert wide >= 4  # weights, gradients and two moments
+        assert built

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from optimizer_cases import PENALTIES, identical, parameters, set_gradients, sna
 from torch import Tensor
 from triton_support import require_triton
 
-from torchreg import L1, ElasticNet
-from torchreg.kernels import SGDStep, SGDTensors, reference, triton_step
+from torchreg import L1, ElasticNet, GroupLasso, SparseGroupLasso
+from torchreg.kernels import SGDStep, SGDTensors, fused_form, reference, triton_step
+from torchreg.kernels.pieces import LONGEST
 from torchreg.kernels.plan import COUNTS, Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
@@ -211,39 +213,138 @@ def test_numbers_that_live_on_the_device_are_read_there():
     assert_equal(ours, theirs)
 
 
+GROUPED = {
+    "GroupLasso": GroupLasso(0.3),
+    "GroupLasso of a 0-d tensor": GroupLasso(torch.tensor(0.3), group_weight="none"),
+    "SparseGroupLasso": SparseGroupLasso(0.1, 0.2, l2=0.3),
+}
+grouped = pytest.mark.parametrize("penalty", GROUPED.values(), ids=GROUPED)
+ROWS = [(1, 1), (7, 3), (5, 16), (70, 17), (0, 5), (3, 0), (9, 1000), (2, 3000), (2, 2, 24), (30, 8)]
+
+
+def in_rows(dtype: torch.dtype, momentum: bool, shapes=ROWS) -> SGDTensors:
+    """In memory full of NaN; the last row of one is zero, and NaN and infinity are in some."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensors() -> list[Tensor]:
+        memory = [torch.full((math.prod(shape) + 32,), torch.nan, dtype=dtype) for shape in shapes]
+        views = [m[16 : 16 + math.prod(s)].view(s) for m, s in zip(memory, shapes, strict=True)]
+        return [v.copy_(torch.randn(v.shape, generator=generator)).to(DEVICE) for v in views]
+
+    params, grads, buffers = tensors(), tensors(), tensors() if momentum else []
+    if shapes is ROWS:
+        params[3][-1], grads[3][-1] = 0, 0
+        grads[1][0, 0], grads[1][1, 1], grads[1][2, 2] = torch.nan, torch.inf, -torch.inf
+    first = [i % 2 == 0 for i in range(len(params))] if momentum else []
+    for buffer, fresh in zip(buffers, first, strict=True):
+        if fresh:
+            buffer.zero_()
+    return SGDTensors(params, grads, buffers, first, seeds=[1000 * i + 7 for i in range(len(params))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@grouped
+@pytest.mark.parametrize("name", ["plain", "dampening", "nesterov", "maximize"])
+def test_groups_agree_with_the_reference(dtype, penalty, name):
+    hyper = HYPERS[name]
+    step = a_step(penalty, **hyper)
+    ours, theirs = (in_rows(dtype, "momentum" in hyper) for _ in range(2))
+    plan = launch([(ours, step)])
+    reference.prox_sgd(theirs, step)
+    assert_equal(ours, theirs)
+    assert ours.params[1][:2].isnan().any()
+    assert not any((p.signbit() & (p == 0)).any() for p in ours.params)
+    zeros = torch.zeros(len(ROWS), dtype=torch.float64).index_add_(0, plan.owners().cpu(), plan.counts[:, 0].cpu())
+    assert zeros.tolist() == [int((p == 0).sum()) for p in ours.params]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_groups_are_rounded_to_the_references_bits(dtype):
+    step = a_step(SparseGroupLasso(0.01, 0.01, l2=0.02))
+    ours, theirs = (in_rows(dtype, False, [(4, 16), (3, 100)]) for _ in range(2))
+    launch([(ours, step)])
+    reference.prox_sgd(theirs, step)
+    assert identical(ours.params, theirs.params)
+
+
+@pytest.mark.parametrize(("dtype", "scales"), [(torch.float32, (1e-25, 1e25)), (torch.float64, (1e-170, 1e170))])
+def test_huge_and_tiny_groups_keep_their_digits(dtype, scales):
+    for scale in scales:
+        start = in_rows(dtype, False, [(3, 40)])
+        before = start.params[0].double() * 1.0
+        start.params[0].mul_(scale)
+        start.grads[0].zero_()
+        launch([(start, a_step(GroupLasso(0.5 * scale)))])
+        expected = GroupLasso(0.5).prox(before, 0.3)
+        torch.testing.assert_close(start.params[0].double() / scale, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_and_single_weights_go_together_unscaled_and_guarded():
+    penalties = [L1(0.3), GroupLasso(0.3), None]
+    steps = [a_step(penalty, lr=0.1 * (i + 1), momentum=0.9) for i, penalty in enumerate(penalties)]
+    ours, theirs = ([in_rows(torch.float32, True, ROWS[i : i + 6]) for i in range(3)] for _ in range(2))
+    scale, before = torch.tensor(8.0, device=DEVICE), [snapshot(t.params) for t in ours]
+    for g in (g for t in ours for g in t.grads):
+        g.mul_(scale)
+    plan = launch(list(zip(ours, steps, strict=True)), grad_scale=scale, found_inf=torch.ones((), device=DEVICE))
+    assert all(identical(t.params, b) for t, b in zip(ours, before, strict=True))
+    assert not plan.counts.any()
+    launch(list(zip(ours, steps, strict=True)), plan, grad_scale=scale, found_inf=torch.zeros((), device=DEVICE))
+    for a, b, step in zip(ours, theirs, steps, strict=True):
+        reference.prox_sgd(b, step)
+        assert_equal(a, b)
+
+
+def test_groups_too_long_for_a_program_are_refused():
+    p = torch.empty(2, LONGEST + 1, device="meta")
+    assert f"its groups have {LONGEST + 1} weights" in fused_form.obstacle(p, GroupLasso(0.1), metric=False)
+    assert fused_form.obstacle(p[:, 1:].clone(), GroupLasso(0.1), metric=False) is None
+
+
 COMPILE = """
 import re
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from torchreg.kernels import triton_prox_sgd, triton_step
+from torchreg.kernels import MODULE, triton_step
 
-types = dict(table="*i64", tensors="i32", pieces="*i64", count="i32", hypers="*fp64", counts="*fp64")
+types = dict(table="*i64", tensors="i32", pieces="*i64", count="i32", begin="i32", hypers="*fp64", counts="*fp64")
 types |= dict(grad_scale="*fp32", found_inf="*fp32")
 for dtype, compute in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float64, tl.float64)):
     constants = dict(DTYPE=dtype, COMPUTE=compute, LARGEST=3.4e38, SCALED=True, GUARDED=True, ALIGNED=True)
-    constants |= dict(PIECE=triton_step.PIECE_SIZE, BLOCK=triton_step._BLOCK)
+    constants |= triton_step.tile(WIDTH)
+    warps = constants.pop("num_warps")
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     positions = {name: (i,) for i, name in enumerate(signature)}
     source = ASTSource(
-        triton_prox_sgd.prox_sgd,
+        MODULE.KERNEL,
         signature=signature,
         constexprs={positions[name]: value for name, value in constants.items()},
         attrs={positions[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_step._WARPS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     wide = "v2.b64" if dtype == tl.float64 else "v4.b32"
     print(len(re.findall(rf"ld\\.global\\.{wide}", compiled.asm["ptx"])), len(compiled.asm["cubin"]) > 0)
 """
 
 
-def test_the_kernel_compiles_for_a_gpu_and_reads_16_bytes_at_once(tmp_path):
-    """Compiling needs no GPU, only Triton's own assembler."""
-    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=settings, capture_output=True, text=True, check=False)
+KERNELS = {"triton_prox_sgd.prox_sgd": [0], "triton_group_sgd.prox_sgd_groups": [16, LONGEST]}
+
+
+def compiled(kernel: str, width: int, folder) -> list[tuple[int, bool]]:
+    """Per dtype, how many loads of 16 bytes the kernel has, and whether there is code: that needs no GPU."""
+    module, name = kernel.split(".")
+    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    script = COMPILE.replace("MODULE", module).replace("KERNEL", name).replace("WIDTH", str(width))
+    done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for line in done.stdout.splitlines():
-        wide, built = line.split()
-        assert int(wide) >= 3  # weights, gradients and momentum
-        assert built == "True"
+    lines = (line.split() for line in done.stdout.splitlines())
+    return [(int(wide), built == "True") for wide, built in lines]
+
+
+@pytest.mark.parametrize(("kernel", "width"), [(k, width) for k, widths in KERNELS.items() for width in widths])
+def test_the_kernel_compiles_for_a_gpu_and_reads_16_bytes_at_once(kernel, width, tmp_path):
+    for wide, built in compiled(kernel, width, tmp_path):
+        assert wide >= 3  # weights, gradients and momentum
+        assert built

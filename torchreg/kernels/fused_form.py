@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchreg.kernels.pieces import LONGEST
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import Strength
 from torchreg.penalties.grouped import Grouped, is_group_shrinkage
@@ -37,12 +38,13 @@ def obstacle(p: Tensor, penalty: Penalty | None, metric: bool) -> str | None:
         return None
     if not is_group_shrinkage(penalty):
         return f"the penalty {penalty.type_name} has no fused form"
-    if run(p, penalty) is None:
+    size = run(p, penalty)
+    if size is None:
         return f"its groups ({penalty.groups}) do not lie in memory one after the other"
     if metric:
         return f"{penalty.type_name} has no fused form in Adam's metric, only in none"
-    if p.device.type != "cpu":
-        return f"{penalty.type_name} has a fused form on the CPU only"
+    if p.device.type != "cpu" and size > LONGEST:
+        return f"its groups have {size} weights, and a fused step on {p.device.type} takes {LONGEST} at most"
     return None
 
 

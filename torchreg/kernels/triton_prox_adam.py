@@ -143,12 +143,13 @@ def _power(base, exponent):
     return result
 
 
-@triton.jit(do_not_specialize=["tensors", "count"])  # else other numbers of tensors would compile it anew
+@triton.jit(do_not_specialize=["tensors", "count", "begin"])  # else other numbers of tensors would compile it anew
 def prox_adam(
     table,
     tensors,
     pieces,
     count,
+    begin,
     hypers,
     counts,
     grad_scale,
@@ -163,7 +164,7 @@ def prox_adam(
     BLOCK: tl.constexpr,
 ):
     """The proximal AdamW step: one program per piece of a tensor."""
-    program = tl.program_id(0).to(tl.int64)
+    program = begin + tl.program_id(0).to(tl.int64)
     tensor = tl.load(pieces + program)
     start = tl.load(pieces + count + program)
     size = tl.load(table + SIZE * tensors + tensor)

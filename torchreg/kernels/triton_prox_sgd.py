@@ -100,12 +100,13 @@ def _update(
     return old, stored.to(COMPUTE)
 
 
-@triton.jit(do_not_specialize=["tensors", "count"])  # else other numbers of tensors would compile it anew
+@triton.jit(do_not_specialize=["tensors", "count", "begin"])  # else other numbers of tensors would compile it anew
 def prox_sgd(
     table,
     tensors,
     pieces,
     count,
+    begin,
     hypers,
     counts,
     grad_scale,
@@ -120,7 +121,7 @@ def prox_sgd(
     BLOCK: tl.constexpr,
 ):
     """The proximal SGD step: one program per piece of a tensor."""
-    program = tl.program_id(0).to(tl.int64)
+    program = begin + tl.program_id(0).to(tl.int64)
     tensor = tl.load(pieces + program)
     start = tl.load(pieces + count + program)
     size = tl.load(table + SIZE * tensors + tensor)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchreg.kernels.pieces import widths
 from torchreg.kernels.plan import ADDRESSES, COLUMNS, Plan
 
 PIECE_SIZE = 1 << 13
@@ -47,9 +49,12 @@ def run(name: str, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tens
         return
     import triton.language as tl
 
-    from torchreg.kernels import triton_prox_adam, triton_prox_sgd
+    from torchreg.kernels import triton_group_sgd, triton_prox_adam, triton_prox_sgd
 
-    kernel = {"prox_sgd": triton_prox_sgd.prox_sgd, "prox_adam": triton_prox_adam.prox_adam}[name]
+    kernels = {
+        "prox_sgd": (triton_prox_sgd.prox_sgd, triton_group_sgd.prox_sgd_groups),
+        "prox_adam": (triton_prox_adam.prox_adam, None),
+    }[name]
     table, pieces, hypers = (_uploaded(plan, name) for name in ("table", "pieces", "hypers"))
     for entry, values in plan.late.items():
         tensors = [value if isinstance(value, Tensor) else torch.tensor(value) for value in values]
@@ -58,25 +63,47 @@ def run(name: str, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tens
         hypers[row, column].copy_(value)
     double = plan.dtype == torch.float64
     with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
-        kernel[(count,)](
-            table,
-            table.shape[1],
-            pieces,
-            count,
-            hypers,
-            plan.counts,
-            plan.counts if grad_scale is None else grad_scale,
-            plan.counts if found_inf is None else found_inf,
-            DTYPE=getattr(tl, str(plan.dtype).removeprefix("torch.")),
-            COMPUTE=tl.float64 if double else tl.float32,
-            LARGEST=torch.finfo(torch.float64 if double else torch.float32).max,
-            SCALED=grad_scale is not None,
-            GUARDED=found_inf is not None,
-            ALIGNED=not (plan.table[:ADDRESSES] % _ALIGNMENT).any(),
-            PIECE=plan.piece_size,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
+        for width, begin, end, aligned in _launches(plan):
+            kernels[width != 0][(end - begin,)](
+                table,
+                table.shape[1],
+                pieces,
+                count,
+                begin,
+                hypers,
+                plan.counts,
+                plan.counts if grad_scale is None else grad_scale,
+                plan.counts if found_inf is None else found_inf,
+                DTYPE=getattr(tl, str(plan.dtype).removeprefix("torch.")),
+                COMPUTE=tl.float64 if double else tl.float32,
+                LARGEST=torch.finfo(torch.float64 if double else torch.float32).max,
+                SCALED=grad_scale is not None,
+                GUARDED=found_inf is not None,
+                ALIGNED=aligned,
+                **tile(width, plan.piece_size),
+            )
+
+
+def tile(width: int, piece_size: int = PIECE_SIZE) -> dict[str, int]:
+    """The shape of a program's tile: groups in rows of a power of two, or single weights (0)."""
+    if not width:
+        return {"PIECE": piece_size, "BLOCK": _BLOCK, "num_warps": _WARPS}
+    return {"ROWS": max(1, _BLOCK // width), "COLS": width, "num_warps": min(32, max(_WARPS, width // 512))}
+
+
+def _launches(plan: Plan) -> list[tuple[int, int, int, bool]]:
+    """The width of a tile, the first and last piece, and whether all rows begin where threads can read 16 bytes."""
+    aligned = not (plan.table[:ADDRESSES] % _ALIGNMENT).any()
+    runs = plan.table[COLUMNS.index("run")]
+    if not runs.any():
+        return [(0, 0, plan.pieces.shape[1], aligned)]
+    pieces_runs = runs[plan.pieces[0]]
+    ends = [0, *(np.flatnonzero(np.diff(widths(pieces_runs))) + 1).tolist(), len(pieces_runs)]
+    return [
+        (int(widths(here).max()), begin, end, aligned and not (here % (_ALIGNMENT // 2)).any())
+        for begin, end in itertools.pairwise(ends)
+        for here in [pieces_runs[begin:end]]
+    ]
 
 
 def _uploaded(plan: Plan, name: str) -> Tensor:
