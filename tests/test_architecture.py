@@ -18,6 +18,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.sampling": 1,
     "torchreg.groups": 1,
     "torchreg.penalties": 2,
+    "torchreg.compacted": 1,
     "torchreg.coupling": 3,
     "torchreg.assignments": 3,
     "torchreg.rules": 3,

@@ -116,6 +116,8 @@ class Assembly:
             self.seeds[writes] = own.writes
         if own.refusal:
             self.refusals[reads] = self.refusals[writes] = own.refusal
+        if own.read_refusal:
+            self.refusals[reads] = own.read_refusal
         if (made_by or name) in self.refused:
             self.refusals[writes] = self.refused[made_by or name]
         if own.through:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchreg.compacted.attention import ATTENTIONS
 from torchreg.coupling.values import Coupling, Member
 
 
@@ -72,7 +73,7 @@ def couplings(model: nn.Module, described: Mapping[str, Attention]) -> Iterator[
                 for attribute in ("weight", "bias")
             ]
             users = [(model.get_submodule(out), "weight", 1, 1)]
-        elif isinstance(module, nn.MultiheadAttention):
+        elif isinstance(module, ATTENTIONS):
             count = module.num_heads
             makers = [(module, "in_proj_weight", 0, 3), (module, "in_proj_bias", 0, 3)]
             makers += [(module, f"{part}_proj_weight", 0, 1) for part in "qkv"]

@@ -168,6 +168,10 @@ def into(grad_fn: Any, position: int, channels: Sequence[int | None]) -> IndexMa
             return IDENTITY
         return Placed(sum(sizes[:position]), sizes[position])
     n = channels[position]
+    if name.startswith("PixelShuffle") and n is not None:
+        return Inverse(Flattened(int(grad_fn._saved_upscale_factor) ** 2))
+    if name.startswith("PixelUnshuffle"):
+        return Flattened(int(grad_fn._saved_downscale_factor) ** 2)
     if name.startswith("Glu"):
         halved = n is not None and n == 2 * shape[_dimension(grad_fn, len(shape))]
         return Inverse(Tiled(n // 2, 2)) if n is not None and halved else IDENTITY

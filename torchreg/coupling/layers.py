@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from torchreg.compacted.attention import ATTENTIONS, input_widths
+from torchreg.compacted.selection import SelectedLinear
 from torchreg.coupling.stand_ins import stand_in_parameters
 
 Role = Literal["maker", "user", "other"]
@@ -43,6 +45,7 @@ class Layer:
             a group norm's.
         through: whether block i that is read is also block i that is written (a convolution's groups).
         refusal: why its channels can't be removed; empty if they can.
+        read_refusal: why those that it reads can't.
     """
 
     reads: int | None
@@ -52,6 +55,7 @@ class Layer:
     write_block: int = 1
     through: bool = False
     refusal: str = ""
+    read_refusal: str = ""
 
 
 def layer(name: str, module: nn.Module | Tensor) -> Layer | None:
@@ -66,6 +70,10 @@ def layer(name: str, module: nn.Module | Tensor) -> Layer | None:
         return Layer(module.shape[dims[-1]], module.shape[dims[-1]], (Site("", dims[-1], "maker", True),))
     if isinstance(module, _CONVOLUTIONS):
         return _convolution(module)
+    if isinstance(module, SelectedLinear):
+        refusal = f"{name!r} reads only some of them"
+        sites = [Site("weight", 0, "maker", True), *_bias(module)]
+        return Layer(module.in_features, module.out_features, tuple(sites), read_refusal=refusal)
     if isinstance(module, nn.Linear):
         sites = [Site("weight", 0, "maker", True), Site("weight", 1, "user", False), *_bias(module)]
         return Layer(module.in_features, module.out_features, tuple(sites))
@@ -92,18 +100,18 @@ def layer(name: str, module: nn.Module | Tensor) -> Layer | None:
         return Layer(module.embedding_dim, module.embedding_dim, (Site("weight", 1, "maker", True),))
     if isinstance(module, nn.RNNBase):
         return Layer(None, None, refusal=f"the recurrent layer {name!r} takes part")
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, ATTENTIONS):
         return Layer(None, None, refusal=f"the attention {name!r} takes part")
     return None
 
 
-def attention_sites(attention: nn.MultiheadAttention, part: str) -> Layer:
+def attention_sites(attention: Any, part: str) -> Layer:
     """The channels that one layer of an attention's stand-in stands for (see `stand_ins.AttentionStandIn`)."""
     names = stand_in_parameters(attention)[part]
     if part == "out":
         held = [n for n in names if n != "out_proj.bias" or attention.out_proj.bias is not None]
-        return Layer(None, attention.embed_dim, tuple(Site(n, 0, "maker", True) for n in held))
-    reads = {"query": attention.embed_dim, "key": attention.kdim, "value": attention.vdim}[part]
+        return Layer(None, len(attention.out_proj.weight), tuple(Site(n, 0, "maker", True) for n in held))
+    reads = input_widths(attention)[("query", "key", "value").index(part)]
     return Layer(reads, None, tuple(Site(n, 1, "user", False) for n in names))
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from torchreg.compacted.attention import ATTENTIONS, input_widths
+
 
 @dataclass(frozen=True)
 class Example:
@@ -77,7 +79,11 @@ def undisturbed(example: Example) -> Iterator[None]:
     """Random numbers drawn inside don't count outside, and attention takes no fast path that hides its weights."""
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        with torch.random.fork_rng(example.cuda_devices()), torch.autocast("cpu", enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.random.fork_rng(example.cuda_devices()),
+            torch.autocast("cpu", enabled=False),
+        ):
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:
@@ -108,13 +114,11 @@ class AttentionStandIn(nn.Module):
     torch-pruning takes the layer as one whose input and output channels are the same.
     """
 
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         like: dict[str, Any] = {"device": attention.out_proj.weight.device, "dtype": attention.out_proj.weight.dtype}
         e = attention.embed_dim
-        self.query = nn.Linear(e, e, bias=False, **like)
-        self.key = nn.Linear(attention.kdim or e, e, bias=False, **like)
-        self.value = nn.Linear(attention.vdim or e, e, bias=False, **like)
+        self.query, self.key, self.value = (nn.Linear(n, e, bias=False, **like) for n in input_widths(attention))
         self.out = nn.Linear(e, e, **like)
         self.batch_first, self.num_heads, self.embed_dim = attention.batch_first, attention.num_heads, e
         self.in_proj_bias = None
@@ -133,11 +137,11 @@ class AttentionStandIn(nn.Module):
 def traceable(model: nn.Module) -> nn.Module:
     """A private copy with stand-ins for attention, and with the buffers that take part in sums made parameters."""
     twin = private_copy(model)
-    if isinstance(twin, nn.MultiheadAttention):
+    if isinstance(twin, ATTENTIONS):
         return twin
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.MultiheadAttention):
+            if isinstance(child, ATTENTIONS):
                 setattr(module, name, AttentionStandIn(child).eval())
         if hasattr(module, "running_mean"):
             continue
@@ -148,7 +152,7 @@ def traceable(model: nn.Module) -> nn.Module:
     return twin
 
 
-def stand_in_parameters(attention: nn.MultiheadAttention) -> dict[str, Sequence[str]]:
+def stand_in_parameters(attention: Any) -> dict[str, Sequence[str]]:
     """Which parameters of the attention hold the channels of the stand-in's layers: names relative to the layer."""
     packed = attention.in_proj_weight is not None
     return {

@@ -88,9 +88,10 @@ def trace(model: nn.Module, example: Example) -> Trace:
     entries: list[Any] = []
 
     def entrance(t: Tensor) -> Tensor:
+        t = t.detach().clone()  # so that it is no inference tensor
         if not t.is_floating_point():
             return t
-        entered = t.detach().requires_grad_(True).clone()
+        entered = t.requires_grad_(True).clone()
         entries.append(entered.grad_fn)
         return entered
 

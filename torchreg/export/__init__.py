@@ -1,5 +1,7 @@
 """What zeros buy: smaller models, files that leave the zeros out, and sparse layers."""
 
+from torchreg.compacted.attention import CompactAttention
+from torchreg.compacted.selection import SelectedLinear
 from torchreg.coupling.heads import Attention
 from torchreg.export.compact_report import CompactReport, Shrunk
 from torchreg.export.compaction import Compacted, compact
@@ -9,11 +11,13 @@ from torchreg.export.sparse_layers import Converted, LayerChoice, SparseLinear, 
 
 __all__ = [
     "Attention",
+    "CompactAttention",
     "CompactReport",
     "Compacted",
     "CompactedSize",
     "Converted",
     "LayerChoice",
+    "SelectedLinear",
     "Shrunk",
     "SparseLinear",
     "compact",

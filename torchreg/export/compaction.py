@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchreg.assignments import unwrapped
+from torchreg.compacted.attention import ATTENTIONS
+from torchreg.compacted.selection import SelectedLinear
 from torchreg.coupling import coupled_groups
 from torchreg.coupling.heads import Attention, declared
 from torchreg.coupling.probe import Probe
@@ -18,7 +20,6 @@ from torchreg.export import equality
 from torchreg.export.compact_report import CompactReport, Shrunk
 from torchreg.export.equality import Reference
 from torchreg.export.removable import removable
-from torchreg.export.selection import SelectedLinear
 from torchreg.export.surgery import without
 
 Cut = tuple[Coupling, Tensor]
@@ -47,8 +48,8 @@ def compact(
     scale and shift of the norm behind it, whatever the row holds), or if all that reads it is; see
     `torchreg.coupled_groups` for what hangs together. One channel of each layer stays. A linear layer with many zero
     columns for inputs that others need (those of the model, for one) gets to read only the others
-    (`torchreg.export.selection.SelectedLinear`); `nn.MultiheadAttention` that loses heads becomes a
-    `torchreg.export.attention.CompactAttention`.
+    (`torchreg.export.SelectedLinear`); `nn.MultiheadAttention` that loses heads becomes a
+    `torchreg.export.CompactAttention`.
 
     What can't be removed exactly is left alone and named in the report: channels that a layer norm, a softmax or a mean
     runs over; single channels of a convolution's group or of a group norm, which lose whole groups only; channels that
@@ -138,7 +139,7 @@ def usable_couplings(
         module = model.get_submodule(coupling.name) if coupling.heads and not _is_tensor(model, coupling.name) else None
         if blocked:
             left.append(LeftAlone(coupling.name, coupling.count, f"the attention {blocked[0]!r} {fixed[blocked[0]]}"))
-        elif coupling.heads and coupling.name not in described and not isinstance(module, nn.MultiheadAttention):
+        elif coupling.heads and coupling.name not in described and not isinstance(module, ATTENTIONS):
             reason = "they look like attention heads: describe the module in `heads`"
             left.append(LeftAlone(coupling.name, coupling.count, reason))
         else:

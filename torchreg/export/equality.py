@@ -81,7 +81,7 @@ class Reference:
 
 
 def _call(model: nn.Module, example: Example) -> object:
-    with torch.no_grad(), undisturbed(example):
+    with undisturbed(example), torch.no_grad():  # in this order: leaving inference mode brings gradients back
         return example.call(model)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchreg.compacted.attention import ATTENTIONS, CompactAttention
+from torchreg.compacted.selection import SelectedLinear, pays, unread
 from torchreg.coupling.heads import Attention
 from torchreg.coupling.values import Coupling
-from torchreg.export.attention import CompactAttention
-from torchreg.export.selection import SelectedLinear, pays, unread
 
 Cuts = Sequence[tuple[Coupling, Tensor]]
 """Couplings and which of their channels are to go: bool vectors."""
@@ -40,7 +40,7 @@ def without(model: nn.Module, cuts: Cuts, described: Mapping[str, Attention], se
     for name, module in list(small.named_modules()):
         if name in described and name in heads:
             setattr(module, described[name].num_heads, int((~heads[name]).sum()))
-        elif isinstance(module, nn.MultiheadAttention):
+        elif isinstance(module, ATTENTIONS):
             parts = {id(p) for p in module.parameters()}
             if parts & touched:
                 kept = range(module.num_heads) if name not in heads else (~heads[name]).nonzero().flatten().tolist()
@@ -95,6 +95,8 @@ def _resize(module: Any, before: int | None) -> None:
             module.groups = module.groups * first // (before or first)
             second *= module.groups
         module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
+    elif isinstance(module, SelectedLinear):
+        module.out_features = len(module.weight)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):

@@ -16,7 +16,7 @@ class SelectedLinear(nn.Linear):
         inputs: int64, the features that it reads.
 
     >>> import torch
-    >>> from torchreg.export.selection import SelectedLinear
+    >>> from torchreg.compacted.selection import SelectedLinear
     >>> linear = torch.nn.Linear(4, 2)
     >>> linear.weight.data[:, 1:3] = 0
     >>> small, x = SelectedLinear(linear, torch.tensor([0, 3])), torch.randn(5, 4)
@@ -50,6 +50,3 @@ def pays(linear: nn.Linear, columns: int) -> bool:
     """Whether leaving out so many columns saves more than picking the others costs: products against copies."""
     kept = linear.in_features - columns
     return 4 * columns >= linear.in_features and kept > 0 and columns * linear.out_features >= 16 * kept
-
-
-__all__ = ["SelectedLinear", "pays", "unread"]

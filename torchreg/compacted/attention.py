@@ -22,13 +22,16 @@ class CompactAttention(nn.Module):
         2. `nn.TransformerEncoderLayer` does not take its fused path with it, which knows only whole layers.
 
     Args:
-        attention: the layer with its tensors cut already.
+        attention: the layer with its tensors cut already; one that has lost heads before may lose more.
         kept: which of its heads they hold.
     """
 
-    def __init__(self, attention: nn.MultiheadAttention, kept: Sequence[int]) -> None:
+    def __init__(self, attention: Any, kept: Sequence[int]) -> None:
         super().__init__()
         self.original_heads, self.kept = attention.num_heads, tuple(kept)
+        if isinstance(attention, CompactAttention):
+            self.original_heads = attention.original_heads
+            self.kept = tuple(attention.kept[i] for i in kept)
         self.num_heads, self.head_dim = len(self.kept), attention.head_dim
         self.batch_first, self.dropout = attention.batch_first, attention.dropout
         self.in_proj_weight: nn.Parameter | None
@@ -117,6 +120,17 @@ class CompactAttention(nn.Module):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.embed_dim}, heads={self.num_heads} of {self.original_heads}, head_dim={self.head_dim}"
+
+
+ATTENTIONS = (nn.MultiheadAttention, CompactAttention)
+
+
+def input_widths(attention: Any) -> tuple[int, ...]:
+    """How wide the query, key and value of an attention of `ATTENTIONS` are."""
+    weights: list[Any] = [attention.in_proj_weight] * 3
+    if attention.in_proj_weight is None:
+        weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+    return tuple(w.shape[1] for w in weights)
 
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:
