@@ -31,6 +31,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.hook": 4,
     "torchreg.regularizer": 4,
     "torchreg.optim": 4,
+    "torchreg.goals": 4,
     "torchreg.target": 4,
     "torchreg.factorization": 4,
     "torchreg.monitor": 4,

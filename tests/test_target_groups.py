@@ -26,13 +26,13 @@ RULES = {
 }
 
 
-def _run(build, rules, target, steps=60, seed=0):
+def _run(build, rules, target, steps=60, seed=0, of="weights"):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 4))
     x = torch.randn(200, 20)
     y = torch.stack([x[:, i] * x[:, i + 1] for i in range(4)], 1)
     optimizer = build(torchreg.Regularizer(model, rules).param_groups())
-    aim = torchreg.TargetSparsity(optimizer, target, until=40)
+    aim = torchreg.TargetSparsity(optimizer, target, until=40, of=of)
     for _ in range(steps):
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
@@ -87,3 +87,22 @@ def test_a_sample_is_spread_evenly_over_rows_and_columns(rows, columns, count):
     in_columns = torch.bincount(index % columns, minlength=columns)
     assert in_rows.max() - in_rows.min() <= 2
     assert in_columns.max() - in_columns.min() <= 0.5 * count / columns + 3
+
+
+@pytest.mark.parametrize("rules", [RULES["columns and rows"], RULES["units"], RULES["sparse"]], ids=str)
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_target_may_be_a_fraction_of_the_groups(build, rules):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, aim = _run(build, rules, 0.62, of="groups")
+    assert abs(aim.reached()["all"] - 0.62) <= 0.01
+    report = torchreg.group_sparsity(torchreg.Regularizer(model, rules))
+    assert report.fraction == pytest.approx(aim.reached()["all"])
+
+
+def test_a_target_of_groups_wants_groups():
+    w = nn.Parameter(torch.ones(4, 3))
+    with pytest.raises(ValueError, match="has L1, which has no groups"):
+        torchreg.TargetSparsity(torchreg.ProxSGD([w], lr=0.1, penalty=L1(1.0)), 0.5, until=3, of="groups")
+    with pytest.raises(ValueError, match="`of` to be 'weights' or 'groups', got 'rows'"):
+        torchreg.TargetSparsity(torchreg.ProxSGD([w], lr=0.1, penalty=L1(1.0)), 0.5, until=3, of="rows")

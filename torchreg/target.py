@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from torchreg.goals import Goal, checked_fraction, goals, place
 from torchreg.monitor.transfer import Transfer, fetch
 from torchreg.optim.groups import acting, checked_scale
 from torchreg.penalties.base import Step, host_scalar
 from torchreg.penalties.grouped import Grouped
 from torchreg.sampling import spread, taken
-from torchreg.scales import Scales, checked_count
-from torchreg.zeroing import longest_scale, makes_zeros, nearest_quantile, zeroing_scale
+from torchreg.scales import checked_count
+from torchreg.zeroing import longest_scale, nearest_quantile, zeroing_scale
 
 TOLERANCE = 0.005
 """Half a point: how far from its target a fraction may be without a warning."""
@@ -33,27 +32,6 @@ _MARGIN = 1 + 1e-6
 
 _CHECK = 10
 """How many steps there are between looks at whether the target is kept."""
-
-
-@dataclass
-class _Goal:
-    """A fraction of zeros for some groups together."""
-
-    name: str
-    fraction: float
-    scales: Scales
-    start: float = 0.0
-    warned: bool = False
-
-    def weights(self) -> list[Tensor]:
-        """The trainable parameters of its groups."""
-        return [p for group in self.scales.groups() for p in group["params"] if p.requires_grad]
-
-    def grain(self) -> float:
-        """The largest fraction of them that becomes zero at once."""
-        grouped = [group for group in self.scales.groups() if isinstance(group["penalty"], Grouped) and group["params"]]
-        largest = [group["penalty"].largest_group([p.shape for p in group["params"]]) for group in grouped]
-        return max(largest, default=0) / max(1, sum(p.numel() for p in self.weights()))
 
 
 class TargetSparsity:
@@ -86,11 +64,12 @@ class TargetSparsity:
         after: the step up to which nothing is zeroed (the scale is 0).
         every: how often the threshold is chosen before ``until``. With more than 1 it is kept in between, which makes
             the way cheaper and less steady: a threshold that empties some weights in a step empties more in several.
+        of: "weights", or "groups": then it is the fraction of the groups of group penalties (rows, channels, …).
 
     Raises:
         TypeError: if an argument is of the wrong kind, or the optimizer has no ``register_prox_pre_hook``.
         ValueError: if a target is outside [0, 1), ``until`` is not greater than ``after``, no group has a penalty, or a
-            group's penalty can't make zeros, or an unknown rule is named.
+            group's penalty can't make zeros or has no groups, or an unknown rule is named.
 
     >>> import torch, torchreg
     >>> w = torch.nn.Parameter(torch.arange(1.0, 11.0))
@@ -114,19 +93,20 @@ class TargetSparsity:
         until: int,
         after: int = 0,
         every: int = 1,
+        of: str = "weights",
     ) -> None:
         self.until, self.after = checked_count("until", until, least=1), checked_count("after", after)
         self.every = checked_count("every", every, least=1)
         if not self.after < self.until:
             raise ValueError(f"Expected `until` to be greater than `after`, got {until} and {after}.")
-        self._goals = _goals(optimizer, target)
+        self._goals = goals(optimizer, target, of)
         self.optimizer = self._goals[0].scales.holder
         self.last_epoch = 0
         self._samples: dict[tuple[int, int, torch.device], Tensor] = {}
         self._pending: Transfer | None = None
         for goal in self._goals:
             goal.scales.unshare()
-            _place(goal.scales)
+            place(goal.scales)
         for goal, reached in zip(self._goals, fetch([self._zeros(goal) for goal in self._goals]), strict=True):
             goal.start = reached.item()
         self._hook: RemovableHandle | None = None
@@ -185,7 +165,7 @@ class TargetSparsity:
         for key in ("start", "scales"):
             if not isinstance(state_dict[key], (list, tuple)):
                 raise TypeError(f"Expected {key!r} of the saved state to be a list, got {state_dict[key]!r}.")
-        start = [_fraction(f"start of goal {i}", s, most=1.0) for i, s in enumerate(state_dict["start"])]
+        start = [checked_fraction(f"start of goal {i}", s, most=1.0) for i, s in enumerate(state_dict["start"])]
         scales = [checked_scale(scale) for scale in state_dict["scales"]]
         if len(start) != len(self._goals) or len(scales) != sum(len(g.scales) for g in self._goals):
             raise ValueError(
@@ -215,7 +195,7 @@ class TargetSparsity:
             else:
                 self._hook = self.optimizer.register_prox_pre_hook(self._choose)
 
-    def _wanted(self, goal: _Goal, step: int) -> float:
+    def _wanted(self, goal: Goal, step: int) -> float:
         if step < self.after:
             return 0.0
         progress = min((step - self.after) / (self.until - self.after), 1.0)
@@ -254,6 +234,9 @@ class TargetSparsity:
                 return [self._index(p, total) for p in params]
         return None
 
+    def _goal_of(self, group: dict[str, Any]) -> Goal:
+        return next(goal for goal in self._goals if any(group is chosen for chosen in goal.scales.groups()))
+
     def _ratios(self, points: list[Any]) -> Tensor | None:
         """The scale from which on each weight, or each of a sample, is zero; NaN if at none, None if nothing moves."""
         parts: list[Tensor] = []
@@ -283,12 +266,16 @@ class TargetSparsity:
         weights = [point.params[i].view(origins[i].shape) for i in moving if origins[i].numel()]
         steps = [_shaped(point.steps[i], origins[i].shape) for i in moving if origins[i].numel()]
         assert isinstance(penalty, Grouped)
+        if self._goal_of(point.group).of == "groups":
+            return [penalty.group_scales(weights, steps)] if weights else []
         scales = penalty.zeroing_scales(weights, steps)
         at = self._sample(point.group, [origins[i] for i in moving if origins[i].numel()]) or []
         return [taken(scale.contiguous(), index) for scale, index in zip(scales, at, strict=True)]
 
-    def _zeros(self, goal: _Goal, sample: bool = True) -> Tensor:
+    def _zeros(self, goal: Goal, sample: bool = True) -> Tensor:
         """The fraction of zeros among a goal's weights, or among a sample of them: a float64 0-d tensor."""
+        if goal.of == "groups":
+            return goal.zero_groups()
         weights = [p.detach() for p in goal.weights()]
         total = sum(w.numel() for w in weights)
         here = [w if not sample else taken(w, self._index(w, total)) for w in weights]
@@ -322,60 +309,3 @@ class TargetSparsity:
 
 def _shaped(step: Step, shape: torch.Size) -> Step:
     return step.reshape(shape) if isinstance(step, Tensor) and step.ndim and step.numel() == shape.numel() else step
-
-
-def _goals(optimizer: Any, target: Any) -> list[_Goal]:
-    """The goals, checked; nothing is changed."""
-    if isinstance(target, Mapping):
-        if not target:
-            raise ValueError("Expected `target` to name at least one rule, got none.")
-        pairs = [(str(key), _fraction(f"target of {key!r}", value), key) for key, value in target.items()]
-    else:
-        pairs = [("all", _fraction("target", target), None)]
-    goals = [_Goal(name, fraction, Scales(optimizer, groups)) for name, fraction, groups in pairs]
-    holder = goals[0].scales.holder
-    if not hasattr(holder, "register_prox_pre_hook"):
-        raise TypeError(
-            f"Expected a proximal optimizer with `register_prox_pre_hook` (ProxSGD, ProxAdamW or Proximal), got "
-            f"{type(holder).__name__}."
-        )
-    chosen = [i for goal in goals for i in goal.scales.indices]
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f"Expected `target` to name every param group once, got {list(target)}.")
-    if not isinstance(target, Mapping):  # constraints too: they are penalised weights that no scale moves
-        chosen = [i for i, group in enumerate(holder.param_groups) if group["penalty"] is not None]
-    for i in chosen:
-        _check_makes_zeros(holder.param_groups[i], i, per_rule=isinstance(target, Mapping))
-    for goal in goals:
-        if not any(p.requires_grad for group in goal.scales.groups() for p in group["params"]):
-            raise ValueError(f"The groups of the target {goal.name} hold no trainable parameter.")
-    return goals
-
-
-def _check_makes_zeros(group: Mapping[str, Any], index: int, per_rule: bool) -> None:
-    penalty = group["penalty"]
-    if makes_zeros(penalty):
-        return
-    hint = "" if per_rule else "; give a target for each of the other rules instead"
-    raise ValueError(f"Param group {index} has {penalty.type_name}, whose strength does not zero weights{hint}.")
-
-
-def _fraction(name: str, value: Any, most: float = math.nextafter(1, 0)) -> float:
-    allowed = f"Expected `{name}` to be a fraction in [0, 1{']' if most == 1 else ')'}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{allowed}, got {value!r}.")
-    number = float(value)
-    if not 0 <= number <= most:
-        raise ValueError(f"{allowed}, got {number}.")
-    return number
-
-
-def _place(scales: Scales) -> None:
-    """Make the scales tensors beside the weights: a float, or a tensor elsewhere, could not be set without waiting."""
-    placed: dict[Any, Tensor] = {}
-    for group in scales.groups():
-        scale, device = group["strength_scale"], group["params"][0].device
-        if not isinstance(scale, Tensor):
-            group["strength_scale"] = placed.setdefault(device, torch.tensor(scale, device=device))
-        elif scale.device != device:
-            group["strength_scale"] = placed.setdefault((id(scale), device), scale.detach().to(device))

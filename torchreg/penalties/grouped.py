@@ -171,20 +171,48 @@ class Grouped(TakesGroups, abstract=True):
         """
         if not self.is_joint and len(weights) != 1:
             return [self.zeroing_scales([w], [step])[0] for w, step in paired(weights, steps)]
-        r = self._prepared(weights)
-        pairs = [(arithmetic(w), step) for w, step in paired(weights, steps)]
-        scaled = r.gathered([torch.where(w == 0, 0, w / like(step, w)) for w, step in pairs])
-        factors = r.cut.spread(self._factors(dataclasses.replace(r, x=scaled)))
-        y = r.cut.arranged(scaled).abs()
+        r = self._over_steps(weights, steps)
+        factors = r.cut.spread(self._factors(r))
+        y = r.cut.arranged(r.x).abs()
         if not _is_zero(r.l1):
             factors = torch.minimum(factors, y / r.l1)
         return r.parted(torch.where(factors.isinf(), math.nan, factors).expand(y.shape).reshape(r.x.shape))
+
+    @torch.no_grad()
+    def group_scales(self, weights: Sequence[Tensor], steps: Sequence[Step]) -> Tensor:
+        """For every group of tensors given together the factor of the steps from which it is zero; NaN if at none."""
+        if not self.is_joint and len(weights) != 1:
+            each = [self.group_scales([w], [step]) for w, step in paired(weights, steps)]
+            return torch.cat([scales.to(each[0]) for scales in each])
+        r = self._over_steps(weights, steps)
+        factors = self._factors(r)[: r.cut.count - r.cut.loose]
+        return torch.where(factors.isinf(), math.nan, factors)
+
+    def alive_groups(self, weights: Sequence[Tensor]) -> Tensor:
+        """For every group of tensors given together whether one of its weights is not zero: a bool vector."""
+        if not self.is_joint and len(weights) != 1:
+            each = [self.alive_groups([w]) for w in weights]
+            return torch.cat([alive.to(each[0].device) for alive in each])
+        r = self._prepared(weights)
+        return (r.cut.maxima(r.cut.arranged((r.x != 0).to(torch.uint8))) > 0)[: r.cut.count - r.cut.loose]
+
+    def count_groups(self, shapes: Sequence[torch.Size]) -> int:
+        """How many groups tensors given together have."""
+        if isinstance(self.groups, Shared):
+            return self.groups.total
+        return sum(self._groups.count(shape) for shape in shapes)
 
     def largest_group(self, shapes: Sequence[torch.Size]) -> int:
         """How many weights of tensors given together become zero at once, at most."""
         cuts = [self.groups.of_all(shapes)] if isinstance(self.groups, Shared) else map(self._groups.of, shapes)
         sizes = [cut.sizes for cut in cuts]
         return max(int(size.max()) if isinstance(size, Tensor) and size.numel() else int(size) for size in sizes)
+
+    def _over_steps(self, weights: Sequence[Tensor], steps: Sequence[Step]) -> _Ready:
+        """w/τ, which is zero where w is."""
+        r = self._prepared(weights)
+        pairs = [(arithmetic(w), step) for w, step in paired(weights, steps)]
+        return dataclasses.replace(r, x=r.gathered([torch.where(w == 0, 0, w / like(step, w)) for w, step in pairs]))
 
     def _value(self, r: _Ready) -> Tensor:
         total = torch.zeros((), dtype=r.x.real.dtype, device=r.x.device)
