@@ -67,9 +67,18 @@ def test_the_objective_and_the_support_are_scikit_learns(penalty, fraction):
     assert problem.calls == opt.n_evaluations <= 3 * opt.n_iter + 1
 
 
-@fractions
-@pytest.mark.parametrize(("penalty", "times"), [("L1", 8), ("ElasticNet", 2)])
-def test_it_takes_a_fraction_of_proximal_gradients_iterations(penalty, times, fraction):
+@pytest.mark.parametrize(
+    ("penalty", "fraction", "times"),
+    [
+        ("L1", 1 / 3, 12),
+        ("L1", 1 / 10, 10),
+        ("L1", 1 / 30, 8.8),
+        ("ElasticNet", 1 / 3, 2.6),
+        ("ElasticNet", 1 / 10, 2.8),
+        ("ElasticNet", 1 / 30, 4),
+    ],
+)
+def test_it_takes_a_fraction_of_proximal_gradients_iterations(penalty, fraction, times):
     """These problems are well conditioned: next to the ridge, proximal gradient takes as few as 16 iterations."""
     problem, plain = Quadratic(*quadratic()), Quadratic(*quadratic())
     opt = FISTA([problem.w], penalty=penalty_at(fraction, penalty), tolerance_kkt=1e-9)
@@ -77,11 +86,13 @@ def test_it_takes_a_fraction_of_proximal_gradients_iterations(penalty, times, fr
     residual = 1e-9 * problem.moment.abs().max().item()
     assert opt.kkt_residual <= residual
     assert times * opt.n_iter <= proximal_gradient(plain, penalty_at(fraction, penalty), residual)
+    assert opt.n_evaluations <= 1.25 * opt.n_iter
 
 
 @fractions
-def test_it_takes_a_tenth_of_proximal_gradients_iterations_where_inputs_are_correlated(fraction):
-    x, y = make_regression(n_samples=200, n_features=500, n_informative=10, effective_rank=20, random_state=0)
+@pytest.mark.parametrize(("rank", "times"), [(20, 10), (5, 30)])
+def test_it_takes_a_tenth_of_proximal_gradients_iterations_where_inputs_are_correlated(fraction, rank, times):
+    x, y = make_regression(n_samples=200, n_features=500, n_informative=10, effective_rank=rank, random_state=0)
     x, y = torch.tensor(x), torch.tensor(y)
     x = (x - x.mean(0)) / x.std(0, correction=0)
     gram, moment = x.T @ x / 200, x.T @ (y - y.mean()) / 200
@@ -91,8 +102,56 @@ def test_it_takes_a_tenth_of_proximal_gradients_iterations_where_inputs_are_corr
     opt.step(problem)
     assert opt.converged
     iterations = proximal_gradient(plain, L1(largest * fraction), 1e-6 * largest)
-    assert 10 * opt.n_iter <= iterations
-    assert 5 * opt.n_evaluations <= iterations
+    assert times * opt.n_iter <= iterations
+    assert times / 2 * opt.n_evaluations <= iterations
+
+
+def ill_conditioned() -> Quadratic:
+    """Curvatures from 1 down to 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(100, 100, generator=generator, dtype=torch.float64)).Q
+    curvatures = torch.logspace(0, -3, 100, dtype=torch.float64)
+    moment = basis @ (curvatures.sqrt() * torch.randn(100, generator=generator, dtype=torch.float64))
+    return Quadratic((basis * curvatures) @ basis.T, moment)
+
+
+def test_it_takes_a_tenth_of_the_original_momentums_iterations_where_the_problem_is_ill_conditioned():
+    """The original has its best step, 1/L."""
+    ours, theirs, options = ill_conditioned(), ill_conditioned(), {"penalty": L1(1e-3), "max_iter": 4000}
+    opt = FISTA([ours.w], **options)
+    original = FISTA([theirs.w], **options, backtracking=False, restart=False)
+    opt.step(ours)
+    original.step(theirs)
+    assert opt.converged
+    assert 10 * opt.n_iter <= original.n_iter
+
+
+def test_there_is_momentum_even_where_the_penalty_limits_the_steps_so_that_none_is_refused():
+    problem = ill_conditioned()
+    opt = FISTA([problem.w], penalty=MCP(1e-3, gamma=3.0))
+    opt.step(problem)
+    assert opt.converged
+    assert opt.n_iter <= 450
+
+
+@pytest.mark.parametrize("penalty", [L1(1e-3), MCP(1e-3, gamma=3.0)], ids=["L1", "MCP"])
+def test_the_objective_never_rises_under_momentum(penalty):
+    problem, last = ill_conditioned(), math.inf
+    opt = FISTA([problem.w], penalty=penalty, max_iter=1)
+    for _ in range(150):
+        loss = opt.step(problem)
+        value = (loss + penalty.value(problem.w.detach())).item()
+        assert value <= last + 1e-13 * abs(value)
+        last = value
+    assert problem.calls > 1.5 * 150, "there was no momentum"
+
+
+def test_it_goes_on_where_the_objective_falls_by_less_than_its_rounding():
+    problem, penalty = Quadratic(*quadratic()), MCP(5.0, gamma=3.0)
+    opt = FISTA([problem.w], penalty=penalty, tolerance_kkt=1e-12, max_iter=60)
+    opt.step(problem)
+    assert opt.converged
+    assert opt.n_evaluations <= 2 * opt.n_iter
 
 
 @pytest.mark.parametrize("penalty", [L1(5.0), MCP(5.0, gamma=3.0), SCAD(5.0)], ids=["L1", "MCP", "SCAD"])

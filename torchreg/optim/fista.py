@@ -19,8 +19,14 @@ from torchreg.penalties.base import HALF
 
 _SLACK = 1.1
 """How far beyond 1/L a step may go while the objective falls; proximal gradient itself converges below 2/L."""
+_DECREASE = 0.01
+"""By how much of ‖x_{k+1} − x_k‖²/2τ the objective must fall for a step that is longer still."""
+_PATIENCE = 4
+"""Steps of that kind that the objective refuses before there is momentum: the first, which is a guess, and three."""
+_LONGEST = 30
+"""Iterations without momentum, however well they go."""
 _ATTEMPTS = 60
-_FRESH = {"momentum": 1.0, "pull": 0.0, "step_size": 1.0, "steepest": 0.0}
+_FRESH = {"momentum": 1.0, "pull": 0.0, "step_size": 1.0, "refused": 0, "spectral": 0, "steepest": 0.0, "highest": 0.0}
 _REPORT = {"n_iter": 0, "n_evaluations": 0, "kkt_residual": math.nan, "converged": False}
 
 
@@ -30,20 +36,23 @@ class FISTA(PenalizedOptimizer):
     Minimises f(w) + s·R(w) to a given accuracy, with *exact* zeros, where f is the whole data's loss:
 
     .. math::
-        y &= x_k + \beta_k (x_k - x_{k-1}), \qquad \beta_k = (t_k - 1)/t_{k+1} \\
-        x_{k+1} &= \operatorname{prox}_{\tau_k s R}(y - \tau_k \nabla f(y)) \\
-        t_{k+1} &= \tfrac12 \bigl(1 + \sqrt{1 + 4\,t_k^2\,\tau_{k-1}/\tau_k}\bigr)
+        y &= x_k + \beta_k (x_k - x_{k-1}) \\
+        x_{k+1} &= \operatorname{prox}_{\tau_k s R}(y - \tau_k \nabla f(y))
 
-    The momentum restarts (t = 1) where it points uphill, ⟨y − x_{k+1}, x_{k+1} − x_k⟩ > 0. A step that would raise the
-    objective is taken back and repeated without momentum, so that the objective never rises: penalties and losses
-    that aren't convex are allowed, and lead to a stationary point.
+    The step τ adapts to the curvature L of f between y and x_{k+1}, which the two gradients tell: the next one is 1/L,
+    at most ten times the last.
 
-    The step τ adapts to the curvature L of f between y and x_{k+1}, which the two gradients tell: it is shortened where
-    τL > 1.1 (or > 1, if the objective rises), and the next one is 1/L, at most twice the last.
+    At first β = 0, and a step is taken, however long, if the objective falls by 0.01·‖x_{k+1} − x_k‖²/2τ. Where the
+    problem is well conditioned, nothing is faster. After four steps that are refused, or 30 that are not, β = 1, and τ
+    is shortened where τL > 1.1 (or > 1, if the objective rises). The momentum restarts (β = 0 once) where it points
+    uphill, ⟨y − x_{k+1}, x_{k+1} − x_k⟩ > 0; and a step that would raise the objective is taken back and repeated
+    without momentum. So the objective never rises: penalties and losses that aren't convex are allowed, and lead to a
+    stationary point.
 
     ``step(closure)`` is a whole solve: it iterates until the optimality conditions hold, and the next call goes on from
     there. The closure is that of `torch.optim.LBFGS`: it zeroes the gradients, computes f over all data *without* the
-    penalty, calls backward and returns f. It is called about twice an iteration. Each iteration waits for the device.
+    penalty, calls backward and returns f. It is called about once an iteration, with momentum twice. Each iteration
+    waits for the device.
 
     Args:
         params: parameters, named parameters or param groups; see `Regularizer.param_groups`.
@@ -54,7 +63,8 @@ class FISTA(PenalizedOptimizer):
         penalty: R for the groups that name none; None is none.
         strength_scale: s, a float or 0-d tensor that a schedule may move.
         backtracking: False keeps τ = lr, which must be at most 1/L then.
-        restart: False keeps the momentum, as in the original; the objective may ripple then.
+        restart: False keeps the momentum of the original, β_k = (t_k − 1)/t_{k+1} with t_1 = 1 and
+            t_{k+1} = ½ + ½√(1 + 4·t_k²·τ_{k−1}/τ_k), from the start; the objective may ripple then.
 
     ``state_dict()`` holds numbers, strings and tensors only, and loads with ``torch.load(weights_only=True)``.
 
@@ -78,9 +88,11 @@ class FISTA(PenalizedOptimizer):
     (True, 1)
 
     Source: Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm for linear inverse problems, SIAM J.
-    Imaging Sci., 2009; restart: O'Donoghue and Candès, Adaptive restart for accelerated gradient schemes, Found.
-    Comput. Math., 2015; growing steps: Scheinberg, Goldfarb and Bai, ibid., 2014, and Becker, Candès and Grant,
-    Templates for convex cone problems, Math. Program. Comput., 2011; the safeguard: Li and Lin, NeurIPS 2015.
+    Imaging Sci., 2009; β = 1 and its restart: Liang, Luo and Schönlieb, Improving FISTA: faster, smarter, and greedier,
+    SIAM J. Sci. Comput., 2022, after O'Donoghue and Candès, Adaptive restart for accelerated gradient schemes, Found.
+    Comput. Math., 2015; long steps: Wright, Nowak and Figueiredo, Sparse reconstruction by separable approximation,
+    IEEE Trans. Signal Process., 2009; growing steps with momentum: Scheinberg, Goldfarb and Bai, Found. Comput. Math.,
+    2014; the safeguard: Li and Lin, NeurIPS 2015.
     """
 
     _required = ("lr", "max_iter", "tolerance_kkt", "backtracking", "restart")
@@ -230,8 +242,8 @@ class _Solve:
             y = self._extrapolated()
             new, curvature = self._forward_backward(y)
             if y is not self.x and self._restart and self._rises(new):
-                self._forget()
-                continue
+                y = self.x
+                new, curvature = self._forward_backward(y)
             moved = difference(new.weights, self.x.weights)
             if self.problem.dot(moved, moved) == 0 and y is self.x:
                 break  # nothing moves any more: as near as the arithmetic comes
@@ -240,9 +252,10 @@ class _Solve:
             before = state["step_size"]
             if self._backtracking:
                 longest = 1 / curvature if curvature > 0 else math.inf
-                state["step_size"] = min(longest, 2 * before)
-            if uphill and self._restart:
-                self._forget()
+                state["step_size"] = min(longest, 10 * before)
+            if self._restart:
+                state["spectral"] += self._is_spectral()
+                state["pull"] = 0.0 if uphill or self._is_spectral() else 1.0
             else:
                 t = state["momentum"]
                 state["momentum"] = (1 + math.sqrt(1 + 4 * t * t * before / state["step_size"])) / 2
@@ -251,12 +264,15 @@ class _Solve:
     def _is_optimal(self, tolerance: float) -> bool:
         state = self.numbers
         state["steepest"] = max(state["steepest"], self.problem.steepest(self.x))
+        state["highest"] = max(state["highest"], abs(self._value))
         state["kkt_residual"] = self.problem.residual(self.x)
         state["converged"] = state["kkt_residual"] <= tolerance * state["steepest"]
         return state["converged"]
 
-    def _forget(self) -> None:
-        self.numbers.update(momentum=1.0, pull=0.0)
+    def _is_spectral(self) -> bool:
+        """Whether steps are as long as the last curvature allows, without momentum, while the objective falls."""
+        state = self.numbers
+        return self._backtracking and self._restart and state["refused"] < _PATIENCE and state["spectral"] < _LONGEST
 
     def _extrapolated(self) -> Point:
         """y, or x where there is no momentum or it leads to where f is not finite."""
@@ -266,7 +282,7 @@ class _Solve:
         y = self.problem.at([w.lerp(v, -pull) for w, v in zip(self.x.weights, self.previous, strict=True)])
         if math.isfinite(y.loss):
             return y
-        self._forget()
+        self.numbers.update(momentum=1.0, pull=0.0)
         return self.x
 
     def _forward_backward(self, y: Point) -> tuple[Point, float]:
@@ -282,12 +298,18 @@ class _Solve:
             if not math.isfinite(new.loss):
                 state["step_size"] *= 0.1
                 continue
-            curvature = self._curvature(y, new)
-            ratio = curvature * state["step_size"]
-            if ratio <= 1 and y is not self.x:
+            way = difference(new.weights, y.weights)
+            length = self.problem.dot(way, way, metric=True)
+            curvature = self._curvature(way, length, y, new)
+            ratio, fall = curvature * state["step_size"], length / (2 * state["step_size"])
+            if ratio <= 1 and (y is not self.x or fall <= self._noise * state["highest"]):
                 return new, curvature
             if ratio <= _SLACK and not self._rises(new):
                 return new, curvature
+            if y is self.x and self._is_spectral():
+                if not self._rises(new, _DECREASE * fall):
+                    return new, curvature
+                state["refused"] += attempt == 0
             least = 1 + 1e-6 if ratio > 1 and attempt < 2 else 2.0  # where f is quadratic, the ratio itself is enough
             state["step_size"] /= min(max(ratio, least), 10.0)
         raise ValueError(
@@ -295,9 +317,9 @@ class _Solve:
             "lowers it. The weights are the best found so far."
         )
 
-    def _rises(self, new: Point) -> bool:
-        """Whether the objective is higher there, by more than rounding (or NaN)."""
-        return not self.problem.objective(new) <= self._value + self._noise * abs(self._value)
+    def _rises(self, new: Point, fall: float = 0.0) -> bool:
+        """Whether the objective falls by less than that, rounding apart (or is NaN)."""
+        return not self.problem.objective(new) <= self._value - fall + self._noise * abs(self._value)
 
     def _shorten_for_penalties(self) -> None:
         """For MCP and SCAD, whose proximal operator is none for a long step."""
@@ -310,11 +332,9 @@ class _Solve:
                 return
         self.problem.check_step(self.numbers["step_size"])
 
-    def _curvature(self, y: Point, new: Point) -> float:
+    def _curvature(self, way: list[Tensor], length: float, y: Point, new: Point) -> float:
         """L = ⟨∇f(x) − ∇f(y), x − y⟩/‖x − y‖²: where f is convex, a step of up to 1/L does not raise the objective.
 
         Losses would tell it, too, but near the optimum they differ by no more than their rounding.
         """
-        way = difference(new.weights, y.weights)
-        length = self.problem.dot(way, way, metric=True)
         return self.problem.dot(way, difference(new.grads, y.grads)) / length if length else 0.0
