@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_coupling import Averaged, Block, Cross, Dense, Language, Recurrent, ResNet, Shuffled
+from test_coupling import Averaged, Block, Cross, Dense, Language, Recurrent, ResNet, Shuffled, Twins
 from torch import nn
 from torch.nn import functional as F
 
@@ -277,6 +277,16 @@ def test_a_row_without_its_norms_shift_is_not_zero():
         model.a.conv1.bias[:3] = 0
     report = compact(model, _image(), seconds=0).report
     assert report.parameters[0] == report.parameters[1]
+    assert {s.name: s.constant for s in report.couplings} == {"stem": 0, "a.conv1": 3, "b.conv1": 0, "b.conv2": 0}
+    assert "constant" in str(report)
+
+
+def test_tied_weights_stay_tied():
+    model = _halved(Twins(), torch.randn(5, 3))
+    small = compact(model, torch.randn(5, 3), seconds=0).model
+    assert small.a.weight is small.b.weight
+    assert (small.a.out_features, small.b.out_features, small.d.in_features) == (3, 3, 3)
+    _same(small, model, torch.randn(5, 3))
 
 
 def test_units_that_feed_only_removed_ones_go_too():
@@ -336,6 +346,28 @@ def test_single_channels_of_a_group_stay():
             dict(model.named_parameters())[member.name].index_fill_(0, torch.tensor([0, 1, 4]), 0)
     report = compact(model, _image(), seconds=0).report
     assert report.parameters[0] == report.parameters[1]
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in eval mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.c(torch.sigmoid(self.b(F.relu(self.a(x)))) + torch.randn(4))
+
+
+def test_random_numbers_are_the_same_for_both_models():
+    model = _halved(Noisy(), torch.randn(5, 3))
+    assert compact(model, torch.randn(5, 3), seconds=0).model.a.out_features == 4
+
+
+def test_ignored_modules_stay_with_all_that_they_hold():
+    model = _halved(ResNet(), _image())
+    report = compact(model, _image(), ignore=["a"], seconds=0).report
+    assert {s.name for s in report.couplings} == {"b.conv1", "b.conv2"}
 
 
 def test_ignored_layers_stay():

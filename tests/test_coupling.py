@@ -145,8 +145,8 @@ class Branches(nn.Module):
         self.both, self.out = nn.Linear(5, 14), nn.Linear(7, 3)
 
     def forward(self, x):
-        a, b, c, d = self.both(x).split([4, 3, 3, 4], dim=-1)
-        return self.out(torch.cat([torch.tanh(d * a), F.silu(c) * b], -1))
+        a, b, c, d = self.both(x).split([4, 3, 4, 3], dim=-1)
+        return self.out(torch.cat([torch.tanh(c * a), F.silu(d) * b], -1))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
@@ -154,7 +154,7 @@ def test_gated_units_are_made_by_two_rows(shape):
     found = coupled_groups(Branches(), torch.randn(shape))
     (units,) = found
     assert units.count == 7
-    assert _labels(units, "both.weight").tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 0, 1, 2, 3]
+    assert _labels(units, "both.weight").tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6]
     assert _labels(units, "out.weight").tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -237,6 +237,23 @@ def test_a_tied_weight_is_named_once_and_makes_and_uses():
     made = {("embed.weight", 1), ("place", 1)} | _rows("proj", "down")
     assert table["embed"] == (8, made, {("embed.weight", 1), ("qkv.weight", 1), ("up.weight", 1)})
     assert table["up"] == (12, _rows("up"), {("down.weight", 1)})
+
+
+class Twins(nn.Module):
+    """Two branches whose first layers share their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(F.relu(self.a(x))) + self.d(torch.tanh(self.b(-x)))
+
+
+def test_a_tied_weight_ties_what_its_layers_make():
+    made = {("a.weight", 0), ("a.bias", 0), ("b.bias", 0)}
+    assert _table(coupled_groups(Twins(), torch.randn(5, 3))) == {"a": (6, made, {("c.weight", 1), ("d.weight", 1)})}
 
 
 def test_a_layer_used_twice_ties_what_it_reads():

@@ -46,7 +46,7 @@ def coupled_groups(
     Args:
         model: any module, on one device.
         example_input: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
-        ignore: globs on the names of layers whose out-channels shall not be removed.
+        ignore: globs on the names of layers, or of modules that hold some, whose out-channels shall not be removed.
         heads: for attention modules other than `torch.nn.MultiheadAttention`, how they name their parts, by globs on
             the modules' names.
 
@@ -105,12 +105,15 @@ def coupled_groups(
 def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
     if isinstance(ignore, str) or not all(isinstance(glob, str) for glob in ignore):
         raise TypeError(f"Expected `ignore` to be a list of names of layers, got {ignore!r}.")
-    names = [name for name, _ in model.named_modules()]
+    modules = dict(model.named_modules())
+    names = [*modules, *(name for name, _ in model.named_parameters())]
     refused: dict[str, str] = {}
     for glob in ignore:
         matched = [name for name in names if fnmatch.fnmatchcase(name, glob)]
         if not matched:
-            raise ValueError(f"The name {glob!r} in `ignore` matches none of {len(names)} modules.")
+            raise ValueError(f"The name {glob!r} in `ignore` matches none of {len(modules)} modules.")
+        containers = tuple(f"{name}." for name in matched if name in modules and not modules[name]._parameters)
+        matched += [name for name in names if name.startswith(containers)]
         refused |= dict.fromkeys(matched, f"{glob!r} is ignored")
     return refused
 

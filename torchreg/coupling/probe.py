@@ -38,6 +38,7 @@ class Probe:
 
     def run(self) -> list[Tensor]:
         """The model's outputs."""
+        torch.manual_seed(0)  # for models that draw random numbers
         with torch.no_grad():
             return [t.detach().clone() for t in output_tensors(self.example.call(self.model))]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -45,7 +45,7 @@ class Coupling:
         """Makers, users and others."""
         return self.makers + self.users + self.others
 
-    def zero_channels(self, tensors: dict[str, Tensor], members: Sequence[Member]) -> Tensor:
+    def zero_channels(self, tensors: Mapping[str, Tensor], members: Sequence[Member]) -> Tensor:
         """Which channels are exactly zero in all of ``members``: bool, one per channel.
 
         Args:

@@ -18,12 +18,15 @@ class Shrunk:
         name: the first layer that makes them, or the layer that reads them.
         before, after: how many there are.
         layers: the layers whose tensors were cut.
+        constant: how many channels that stay are constants: their weights are zero, but not their bias or the shift of
+            their norm. A penalty on all that makes them (see `torchreg.coupled_groups`) would have let them go.
     """
 
     name: str
     before: int
     after: int
     layers: tuple[str, ...] = ()
+    constant: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,12 @@ class CompactReport:
             before, after = self.latency
             savings.append(("latency", f"{1e3 * before:.3g} ms", f"{1e3 * after:.3g} ms", _ratio(before, after)))
         parts = [tables.render(("", "before", "after", "times smaller"), savings)]
-        rows = [(s.name, str(s.before), str(s.after)) for s in self.couplings]
-        rows += [(f"{s.name} (inputs read)", str(s.before), str(s.after)) for s in self.inputs]
+        rows = [(s.name, str(s.before), str(s.after), str(s.constant)) for s in self.couplings]
+        rows += [(f"{s.name} (inputs read)", str(s.before), str(s.after), "") for s in self.inputs]
         if rows:
-            parts.append(tables.render(("channels made by", "before", "after"), rows))
+            columns = ("channels made by", "before", "after", "constant")
+            width = 4 if any(s.constant for s in self.couplings) else 3
+            parts.append(tables.render(columns[:width], [row[:width] for row in rows]))
         if self.left_alone:
             rest = [(left.name, str(left.count), left.reason) for left in self.left_alone]
             parts.append(tables.render(("left alone", "channels", "because"), rest, left=3))

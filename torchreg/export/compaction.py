@@ -61,7 +61,7 @@ def compact(
     Args:
         model: any module, on one device.
         example_input: what it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
-        ignore: globs on the names of layers whose out-channels shall stay.
+        ignore: globs on the names of layers, or of modules that hold some, whose out-channels shall stay.
         heads: how attention modules other than `nn.MultiheadAttention` name their parts, by globs on their names.
         select_inputs: whether linear layers may leave out zero columns of inputs that stay.
         seconds: how long to measure the latency of both models, about; 0 measures none.
@@ -97,12 +97,12 @@ def compact(
     cuts = [(coupling, dead) for coupling, dead in zip(usable, gone, strict=True) if bool(dead.any())]
     reference = Reference(model, example)
     small, error, refused = _cut(model, cuts, described, reference, select_inputs)
-    left += refused
-    unshrunk = {r.name for r in refused}
+    left += refused.values()
+    tensors = dict(model.named_parameters())
     sizes = [
-        Shrunk(c.name, c.count, c.count - int(dead.sum()), _layers(c))
+        Shrunk(c.name, c.count, c.count - int(dead.sum()), _layers(c), _constant(c, dead, tensors))
         for c, dead in zip(usable, gone, strict=True)
-        if c.name not in unshrunk
+        if id(c) not in refused
     ]
     timed = equality.latencies((model, small), example, seconds) if seconds else None
     report = CompactReport(
@@ -149,8 +149,8 @@ def usable_couplings(
 
 def _cut(
     model: nn.Module, cuts: Sequence[Cut], described: Mapping[str, Attention], reference: Reference, select: bool
-) -> tuple[nn.Module, float, list[LeftAlone]]:
-    """The smaller model, how far its outputs are off, and couplings that the model's own code does not let go."""
+) -> tuple[nn.Module, float, dict[int, LeftAlone]]:
+    """The smaller model, how far its outputs are off, and couplings (by id) that its own code does not let go."""
     tolerance = equality.TOLERANCES.get(reference.dtype, 1e-4)
 
     def attempt(some: Sequence[Cut], selecting: bool) -> tuple[nn.Module, float]:
@@ -160,17 +160,17 @@ def _cut(
     try:
         small, error = attempt(cuts, select)
         if error <= tolerance:
-            return small, error, []
+            return small, error, {}
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
         pass  # whose fault it is comes out below
     kept: list[Cut] = []
-    refused: list[LeftAlone] = []
+    refused: dict[int, LeftAlone] = {}
     for cut in cuts:
         try:
             _, error = attempt([*kept, cut], selecting=False)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as fault:
             reason = f"the model's code fails without them: {type(fault).__name__}: {str(fault).splitlines()[0]}"
-            refused.append(LeftAlone(cut[0].name, cut[0].count, reason))
+            refused[id(cut[0])] = LeftAlone(cut[0].name, cut[0].count, reason)
             continue
         if not error <= tolerance:
             raise ValueError(
@@ -194,6 +194,12 @@ def _ancestors(name: str) -> list[str]:
 
 def _is_tensor(model: nn.Module, name: str) -> bool:
     return name in {n for n, _ in model.named_parameters()}
+
+
+def _constant(coupling: Coupling, gone: Tensor, tensors: Mapping[str, Tensor]) -> int:
+    """How many channels that stay have no weights, only biases or shifts."""
+    weights = [member for member in coupling.makers if tensors[member.name].ndim > 1]
+    return int((coupling.zero_channels(tensors, weights) & ~gone).sum())
 
 
 def _layers(coupling: Coupling) -> tuple[str, ...]:
