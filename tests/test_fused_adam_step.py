@@ -12,7 +12,7 @@ from test_triton_step import compiled
 from torch import nn
 from triton_support import require_triton
 
-from torchreg import L1, L2, ElasticNet, ProxAdamW
+from torchreg import L1, L2, ElasticNet, GroupLasso, ProxAdamW, SparseGroupLasso
 from torchreg.kernels import ADAM, AdamStep, AdamTensors, native, triton_step
 from torchreg.kernels.plan import Plan
 
@@ -145,7 +145,8 @@ def test_large_tensors_in_several_pieces_touch_no_other_memory(hyper, threads, p
 @grouped
 def test_groups_of_all_sizes_agree(penalty, dtype, threads):
     require("native", dtype)
-    for hyper in (HYPERS["identity"], {**HYPERS["all"], "identity": True, "decoupled_weight_decay": True}):
+    identity = {"identity": True, "decoupled_weight_decay": True}
+    for hyper in (HYPERS["plain"], HYPERS["all"], HYPERS["identity"], {**HYPERS["all"], **identity}):
         step, shapes = a_step(penalty("rows"), **hyper), [(max(3, 2000 // run), run) for run in RUNS]
         start = tensors(drawn(shapes, dtype), drawn(shapes, dtype, 1), step)
         start.seeds = []
@@ -154,6 +155,41 @@ def test_groups_of_all_sizes_agree(penalty, dtype, threads):
             with using(threads):
                 run("native", ours, step)
             ADAM.eager(theirs, step, False)
+        assert_equal(ours, theirs)
+        zero = [[(p == 0).all(1).tolist() for p in t.params] for t in (ours, theirs)]
+        assert zero[0] == zero[1]
+        assert any(map(any, zero[0])) and not all(map(all, zero[0]))
+
+
+@grouped
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e15])
+def test_huge_and_tiny_groups_keep_their_digits(penalty, scale):
+    """Where squares leave the range of float32, which the reference's norms do not survive: one in float64 is."""
+    require("native", torch.float32)
+    for run_length in (3, 200, 5000):
+        (w, g) = drawn([(4, run_length)] * 2, torch.float32)
+        step = a_step(penalty("rows"), lr=0.0)
+        wide = tensors([w.double()], [g.double()], step)
+        narrow = [[(t * scale).float() for t in wide.params], [t.float() for t in wide.grads]]
+        moments = [[t.float() for t in ts] for ts in (wide.exp_avgs, wide.exp_avg_sqs)]
+        ours = AdamTensors(*narrow, *moments, [], [t.clone() for t in wide.state_steps])
+        run("native", ours, a_step(penalty("rows").scaled(scale), lr=0.0))
+        l1, norm, l2 = penalty("rows").parts()  # norms scale as weights do, squares do not
+        ADAM.eager(wide, a_step(SparseGroupLasso(l1, norm, "rows", l2=l2 * scale), lr=0.0), False)
+        torch.testing.assert_close(ours.params[0].double() / scale, wide.params[0], rtol=1e-4, atol=1e-5)
+
+
+@grouped
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+def test_groups_with_nan_and_infinity_are_those_of_the_reference(penalty):
+    require("native", torch.float32)
+    for run_length in (3, 100, 5000):
+        params, grads = drawn([(5, run_length)], torch.float32), drawn([(5, run_length)], torch.float32, 1)
+        params[0][0, 1], params[0][1, 0], params[0][2, -1], grads[0][3, 0] = torch.nan, torch.inf, -torch.inf, torch.nan
+        ours = tensors(params, grads, step := a_step(penalty("rows")))
+        theirs = copied(ours)
+        run("native", ours, step)
+        ADAM.eager(theirs, step, False)
         assert_equal(ours, theirs)
 
 
@@ -182,6 +218,8 @@ def groups() -> list[dict]:
         {"params": [*weights((20, 5)), *weights((20, 5), dtype=torch.float64)], "penalty": ElasticNet(0.1, 0.3)},
         {"params": weights((5, 4)), "penalty": L2(spread(torch.zeros(5, 4))), "lr": 0.3, "strength_scale": 0.5},
         {"params": weights((300, 40)), "penalty": L1(0.2), "metric": "identity"},
+        {"params": weights((30, 40), (2, 3000), (0, 3)), "penalty": GroupLasso(0.05)},
+        {"params": weights((30, 9), (5, 0)), "penalty": SparseGroupLasso(0.2, 0.1, l2=0.3), "metric": "identity"},
     ]
 
 

@@ -105,6 +105,12 @@ static __attribute__((noinline)) double NAME(wide_squares)(const T *y, int n, do
     return total;
 }
 
+/* Σ (scale·y)² of a block, whose sum in T is known for a scale of 1. */
+static double NAME(checked_squares)(const T *y, int n, T sum, double scale)
+{
+    return scale == 1 && sum > (T)1e-30 && sum < (T)1e38 ? sum : NAME(wide_squares)(y, n, scale);
+}
+
 /* What all weights of a group are multiplied by. */
 static T NAME(left)(double exact_norm, T threshold, T divisor)
 {
@@ -172,7 +178,7 @@ static void NAME(group)(
             const int n = run - i < BLOCK ? (int)(run - i) : BLOCK;
             T *y = run <= CHUNK ? buffer + i : buffer;
             const T sum = NAME(moved)(work, start + i, n, y, again);
-            squares += scale == 1 && sum > (T)1e-30 && sum < (T)1e38 ? sum : NAME(wide_squares)(y, n, scale);
+            squares += NAME(checked_squares)(y, n, sum, scale);
         }
         if (again || rescue(squares) == 1)
             break;
