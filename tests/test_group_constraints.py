@@ -352,6 +352,29 @@ def test_what_is_in_no_group_is_kept_and_not_counted():
         assert residuals[1].tolist() == [0, 0, 1, 1 if k else 0]
 
 
+def test_of_the_parts_of_shared_groups_each_keeps_its_own_unless_they_are_ranked_together():
+    first, last = torch.tensor([0, 1, 2, -1, -1]), torch.tensor([3, 4, -1])
+    parts = Shared([Member("a", 0, first), Member("b", 0, last)], parts=(("x", 3), ("y", 2)))
+    weights, g = (
+        [torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0]), torch.tensor([1.0, 2.0, 3.0])],
+        [torch.ones(5), torch.ones(3)],
+    )
+    for constraint, expected in (
+        (TopK(1, groups=parts), [[0, 0, 7, 8, 9], [0, 2, 3]]),
+        (TopK(fraction=0.5, groups=parts), [[0, 6, 7, 8, 9], [0, 2, 3]]),
+        (TopK(2, groups=parts, scope="rule"), [[0, 6, 7, 8, 9], [0, 0, 3]]),
+        (TopK(fraction=0.8, groups=parts, scope="rule"), [[5, 6, 7, 8, 9], [0, 2, 3]]),
+    ):
+        moved = [w.clone() for w in weights]
+        constraint.prox_all_(moved, [1.0, 1.0])
+        assert [w.tolist() for w in moved] == expected
+        assert (constraint.value_all(moved), constraint.value_all(weights)) == (0, math.inf)
+        assert [r.tolist() for r in constraint.residual_all(moved, g)] == [[float(x != 0) for x in e] for e in expected]
+    over, short = [torch.tensor([5.0, 6, 0, 0, 0]), torch.tensor([0.0, 0, 0])], TopK(1, groups=parts)
+    assert [r.tolist() for r in short.residual_all(over, g)] == [[math.inf] * 3 + [1, 1], [1, 1, 1]]
+    assert short.value_all(over) == math.inf
+
+
 @pytest.mark.parametrize("make", [ProxSGD, ProxAdamW])
 def test_units_that_a_model_shares_are_kept_or_removed_whole_and_training_resumes(make):
     def started():

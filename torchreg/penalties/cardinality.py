@@ -38,8 +38,10 @@ class TopK(TakesGroups, _Constraint):
         fraction: which fraction of them instead, rounded to a whole number.
         scope: "tensor": k of each tensor; "rule": k of all tensors of a param group together.
         groups: how each weight is cut: a name such as "rows" or "out_channels" (see `torchreg.groups.NAMES`), or a
-            value of `torchreg.groups`; None counts single weights. Groups of different sizes count alike. Groups that
-            several tensors share are those of all of a rule, and what is in none of them is kept.
+            value of `torchreg.groups`; None counts single weights. Groups of different sizes count alike. Of groups
+            that several tensors share, such as `torchreg.coupled_groups`, k of each of their parts (a layer's channels,
+            say) are kept, or with ``scope="rule"`` of all parts together, which may leave a layer without any; what is
+            in none of them is kept.
 
     Raises:
         ValueError: if not exactly one of k and the fraction is given, k is negative, the fraction outside [0, 1], or
@@ -105,7 +107,7 @@ class TopK(TakesGroups, _Constraint):
             self.groups.of_all(shapes)
 
     def violated(self, w: Tensor) -> Tensor:  # noqa: D102
-        return self._used([w]) > self._limit([w])
+        return self._excess([w], self._alive([w])) > 0
 
     def value_all(self, weights: Sequence[Tensor]) -> Tensor:  # noqa: D102
         if not self.is_joint or len(weights) == 1:
@@ -113,7 +115,7 @@ class TopK(TakesGroups, _Constraint):
         for w in weights:
             self.check_weight(w)
         real = arithmetic(weights[0]).real.dtype
-        wrong = torch.where(self._used(weights) > self._limit(weights), math.inf, 0.0).to(real)
+        wrong = torch.where((self._excess(weights, self._alive(weights)) > 0).any(), math.inf, 0.0).to(real)
         unknown = torch.stack([torch.isnan(w).any().to(wrong.device) for w in weights]).any()
         return torch.where(unknown, math.nan, wrong)
 
@@ -149,11 +151,11 @@ class TopK(TakesGroups, _Constraint):
         for w, g in zip(weights, grads, strict=True):
             self.check_weight(w)
             checked_weight(g)
-        k, used = self._limit(weights), self._used(weights)
-        return [
-            _residual(w, g, is_used, used.to(w.device), k)
-            for w, g, is_used in zip(weights, grads, self._are_used(weights), strict=True)
-        ]
+        alive = self._alive(weights)
+        excess = self._excess(weights, alive)
+        free = self._at_weights(weights, alive | (excess < 0), loose=True)
+        over = self._at_weights(weights, (excess > 0).expand(alive.shape), loose=False)
+        return [_residual(w, g, f, o) for w, g, f, o in zip(weights, grads, free, over, strict=True)]
 
     def strengths_max(self, grads: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
         if not self.is_joint:
@@ -168,33 +170,41 @@ class TopK(TakesGroups, _Constraint):
             return self.groups.of(shape)
         return Grid(tuple(shape), tuple(range(len(shape))))
 
-    def _limit(self, weights: Sequence[Tensor]) -> int:
-        """How many weights, or groups, of these tensors together may be not zero."""
-        if isinstance(self.groups, Shared):
-            return self.count(self.groups.total)
-        return self.count(sum(self._cut(w.shape).count for w in weights))
+    def _pieces(self, weights: Sequence[Tensor]) -> list[int]:
+        """How many groups (or weights) of these tensors, in their order, count together."""
+        if not isinstance(self.groups, Shared):
+            return [sum(self._cut(w.shape).count for w in weights)]
+        parts = [count for _, count in self.groups.parts]
+        return parts if parts and self.scope == "tensor" else [self.groups.total]
 
-    def _used(self, weights: Sequence[Tensor]) -> Tensor:
-        """How many weights, or groups, of these tensors together are not zero."""
+    def _alive(self, weights: Sequence[Tensor]) -> Tensor:
+        """Which groups (or weights) of these tensors are not zero: a vector."""
         if isinstance(self.groups, Shared):
             cut = _shared(self.groups, weights)
-            return torch.count_nonzero(_alive(cut, cut.gathered([w != 0 for w in weights]))[: self.groups.total])
-        if self.groups is None:
-            used = [torch.count_nonzero(w) for w in weights]
-        else:
-            used = [torch.count_nonzero(_alive(self._cut(w.shape), w)) for w in weights]
-        return torch.stack([u.to(weights[0].device) for u in used]).sum()
+            return _nonzero(cut, cut.gathered([w != 0 for w in weights]))[: self.groups.total]
+        alive = [_nonzero(self._cut(w.shape), w != 0) for w in weights]
+        return alive[0] if len(alive) == 1 else torch.cat([a.to(alive[0].device) for a in alive])
 
-    def _are_used(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """For every weight, whether it is not zero, or its group is not; one that is in none counts as used."""
+    def _excess(self, weights: Sequence[Tensor], alive: Tensor) -> Tensor:
+        """By how many each piece is beyond what is allowed: one number, or one for each entry of ``alive``."""
+        pieces = self._pieces(weights)
+        each = torch.stack([torch.count_nonzero(part) - self.count(len(part)) for part in alive.split(pieces)])
+        if len(pieces) == 1:
+            return each
+        return each.repeat_interleave(torch.tensor(pieces, device=alive.device), output_size=len(alive))
+
+    def _at_weights(self, weights: Sequence[Tensor], values: Tensor, loose: bool) -> list[Tensor]:
+        """For every weight the value of its group (or its own), ``loose`` where it is in none."""
         if isinstance(self.groups, Shared):
             cut = _shared(self.groups, weights)
-            alive = _alive(cut, cut.gathered([w != 0 for w in weights]))
-            return cut.parted(cut.spread(_with_loose(cut, alive)))
-        if self.groups is None:
-            return [w != 0 for w in weights]
+            values = torch.cat([values, values.new_full((1,), loose)]) if cut.loose else values
+            return cut.parted(cut.spread(values))
         cuts = [self._cut(w.shape) for w in weights]
-        return [_at_weights(cut, _alive(cut, w), w) for cut, w in zip(cuts, weights, strict=True)]
+        parts = [part.to(w.device) for part, w in zip(values.split([c.count for c in cuts]), weights, strict=True)]
+        return [
+            cut.spread(part).expand(cut.arranged(w).shape).reshape(w.shape)
+            for cut, part, w in zip(cuts, parts, weights, strict=True)
+        ]
 
     def _keep_only(self, pairs: Sequence[tuple[Tensor, Step]]) -> None:
         for w, _ in pairs:
@@ -210,43 +220,33 @@ class TopK(TakesGroups, _Constraint):
         alike = all(not isinstance(step, Tensor) and step == steps[0] for step in steps)
         moduli = [arithmetic(w.detach()).abs() for w, _ in pairs]
         each = moduli if alike else [_score(m, step) for m, step in zip(moduli, steps, strict=True)]
+        weights, scores = [w for w, _ in pairs], self._scores(each)
+        chosen = [largest(part, self.count(len(part))) for part in scores.split(self._pieces(weights))]
+        masks = self._at_weights(weights, chosen[0] if len(chosen) == 1 else torch.cat(chosen), loose=True)
         kept = []
-        for (w, _), step, mask in zip(pairs, steps, self._largest([w for w, _ in pairs], each), strict=True):
-            mask = (mask.to(w.device) & (w != 0)) | torch.isnan(w)
+        for w, step, mask in zip(weights, steps, masks, strict=True):
+            mask = (mask & (w != 0)) | torch.isnan(w)
             kept.append(mask | (step == 0) if isinstance(step, Tensor) or step == 0 else mask)
         return kept
 
-    def _largest(self, weights: Sequence[Tensor], scores: list[Tensor]) -> list[Tensor]:
-        """For every weight of these tensors, whether its score, or that of its group, is among the k largest."""
+    def _scores(self, each: Sequence[Tensor]) -> Tensor:
+        """What groups (or weights) of these tensors are ranked by, from the scores of the weights: a vector."""
         if isinstance(self.groups, Shared):
-            cut = _shared(self.groups, weights)
-            chosen = largest(_norms(cut, cut.gathered(scores))[: self.groups.total], self._limit(weights))
-            return cut.parted(cut.spread(_with_loose(cut, chosen)))
-        cuts = [self._cut(w.shape) for w in weights]
-        norms = [_norms(cut, s) for cut, s in zip(cuts, scores, strict=True)]
-        together = norms[0] if len(norms) == 1 else torch.cat([n.to(norms[0].device) for n in norms])
-        chosen = largest(together, self._limit(weights))
-        parts = chosen.split([n.numel() for n in norms])
-        return [_at_weights(cut, part, s) for cut, part, s in zip(cuts, parts, scores, strict=True)]
+            cut = _shared(self.groups, each)
+            return _norms(cut, cut.gathered(each))[: self.groups.total]
+        norms = [_norms(self._cut(scores.shape), scores) for scores in each]
+        return norms[0] if len(norms) == 1 else torch.cat([n.to(norms[0].device) for n in norms])
 
 
 def _shared(groups: Shared, weights: Sequence[Tensor]) -> Runs:
     return groups.of_all([w.shape for w in weights], weights[0].device)
 
 
-def _with_loose(cut: Cut, groups: Tensor) -> Tensor:
-    """A bool for each group, with one more for the weights that are in none: true."""
-    return torch.cat([groups[: cut.count - 1], groups.new_ones(1)]) if cut.loose else groups
-
-
-def _at_weights(cut: Cut, values: Tensor, w: Tensor) -> Tensor:
-    """The value of each group at all its weights, in the shape of ``w``."""
-    return cut.spread(values).expand(cut.arranged(w).shape).reshape(w.shape)
-
-
-def _alive(cut: Cut, w: Tensor) -> Tensor:
-    """Which groups are not zero."""
-    return cut.sums((cut.arranged(w) != 0).to(torch.int32)) > 0
+def _nonzero(cut: Cut, alive: Tensor) -> Tensor:
+    """Which groups have a weight that is not zero."""
+    if isinstance(cut.sizes, int) and cut.sizes == 1:
+        return alive.reshape(-1)
+    return cut.sums(cut.arranged(alive).to(torch.int32)) > 0
 
 
 def _norms(cut: Cut, scores: Tensor) -> Tensor:
@@ -266,11 +266,10 @@ def _score(m: Tensor, step: Step) -> Tensor:
     return torch.where(step > 0, m / torch.where(step > 0, step, 1).sqrt(), free)
 
 
-def _residual(w: Tensor, grad: Tensor, is_used: Tensor, used: Tensor, k: int) -> Tensor:
-    """|grad| where a weight may move, with ``used`` of its kind that are not zero and at most k."""
-    g = arithmetic(grad).abs()
-    residual = torch.where(is_used | (used < k), g, 0)
-    return torch.where(torch.isnan(w), math.nan, torch.where(used > k, math.inf, residual))
+def _residual(w: Tensor, grad: Tensor, is_free: Tensor, is_over: Tensor) -> Tensor:
+    """|grad| where a weight may move, infinite where more are not zero than may be."""
+    residual = torch.where(is_free, arithmetic(grad).abs(), 0)
+    return torch.where(torch.isnan(w), math.nan, torch.where(is_over, math.inf, residual))
 
 
 def _is_zero(step: Step) -> bool:

@@ -91,7 +91,7 @@ class NM(_Constraint):
         self.check_weight(w)
         g = checked_weight(grad)
         used = self._used(w).expand(self._blocks(w).shape).reshape(w.shape)
-        return _residual(w, g, w != 0, used, self.n)
+        return _residual(w, g, (w != 0) | (used < self.n), used > self.n)
 
     def _axis(self, shape: Sequence[int]) -> int:
         """The dimension, counted from the front."""
