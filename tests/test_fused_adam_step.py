@@ -140,6 +140,30 @@ def test_large_tensors_in_several_pieces_touch_no_other_memory(hyper, threads, p
     assert all(group.untouched() for group in guarded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@grouped
+@pytest.mark.parametrize("name", ["plain", "identity", "all"])
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+def test_groups_in_triton_agree(name, penalty, dtype):
+    require("triton", dtype)
+    step, shapes = (
+        a_step(penalty("rows").scaled(20), **HYPERS[name]),
+        [(9, 1), (6, 3), (70, 17), (0, 5), (9, 1000), (2, 3000)],
+    )
+    params, grads = drawn(shapes, dtype), drawn(shapes, dtype, 1)
+    params[1][0, 0], params[1][1, 1], grads[1][2, 2] = torch.nan, torch.inf, -torch.inf
+    ours = tensors([p.to(DEVICE) for p in params], [g.to(DEVICE) for g in grads], step)
+    theirs = copied(ours)
+    plan = run("triton", ours, step)
+    ADAM.eager(theirs, step, False)
+    assert_equal(ours, theirs)
+    zero = [[(p == 0).all(1).tolist() for p in t.params] for t in (ours, theirs)]
+    assert zero[0] == zero[1]
+    assert any(map(any, zero[0]))
+    zeros = torch.zeros(len(shapes), dtype=torch.float64).index_add_(0, plan.owners().cpu(), plan.counts[:, 0].cpu())
+    assert zeros.tolist() == [int((p == 0).sum()) for p in ours.params]
+
+
 @one_and_two_threads
 @dtypes
 @grouped
@@ -246,8 +270,11 @@ def test_groups_go_together_and_count_what_they_leave():
     assert plain.step_counts() is None
 
 
-def test_the_kernel_compiles_for_a_gpu_and_reads_16_bytes_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("kernel", "width"), [("triton_prox_adam.prox_adam", 0), ("triton_group_adam.prox_adam_groups", 1024)]
+)
+def test_the_kernel_compiles_for_a_gpu_and_reads_16_bytes_at_once(kernel, width, tmp_path):
     require_triton()
-    for wide, built in compiled("triton_prox_adam.prox_adam", 0, tmp_path):
+    for wide, built in compiled(kernel, width, tmp_path):
         assert wide >= 4  # weights, gradients and two moments
         assert built

@@ -41,8 +41,6 @@ def obstacle(p: Tensor, penalty: Penalty | None, metric: bool) -> str | None:
     size = run(p, penalty)
     if size is None:
         return f"its groups ({penalty.groups}) do not lie in memory one after the other"
-    if metric and p.device.type != "cpu":
-        return f"{penalty.type_name} has no fused form in Adam's metric on {p.device.type}, only in none"
     if p.device.type != "cpu" and size > LONGEST:
         return f"its groups have {size} weights, and a fused step on {p.device.type} takes {LONGEST} at most"
     return None

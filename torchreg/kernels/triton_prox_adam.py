@@ -43,7 +43,7 @@ ALL_HYPERS = tl.constexpr(len(AdamStep.HYPERS))
 
 
 @triton.jit
-def _square_root(x):
+def square_root(x):
     """To the last bit in both precisions."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
@@ -112,7 +112,7 @@ def _update(
     tl.store(x_pointer + offsets, x.to(DTYPE), mask=has_x)
     v = tl.where(has_x, x, v)
 
-    inverse = 1.0 / (_square_root(v) * root + eps)
+    inverse = 1.0 / (square_root(v) * root + eps)
     moved = keep * old - lr * (m * inverse)
     metric = tl.where(identity != 0, 1.0, inverse)
     l1 = tl.load(l1_pointer + offsets, mask=has_l1, other=0.0)
@@ -133,7 +133,7 @@ def _update(
 
 
 @triton.jit
-def _power(base, exponent):
+def power(base, exponent):
     """``base^exponent`` in float64, for an exponent below 2^32."""
     result = base * 0.0 + 1.0
     for _ in range(32):
@@ -194,8 +194,8 @@ def prox_adam(
 
     steps = tl.load(table + STEP * tensors + tensor)
     beta1, beta2 = tl.load(hyper + BETA1), tl.load(hyper + BETA2)
-    lr = (tl.load(hyper + LR) / (1.0 - _power(beta1, steps))).to(COMPUTE)
-    root = (1.0 / _square_root(1.0 - _power(beta2, steps))).to(COMPUTE)
+    lr = (tl.load(hyper + LR) / (1.0 - power(beta1, steps))).to(COMPUTE)
+    root = (1.0 / square_root(1.0 - power(beta2, steps))).to(COMPUTE)
     grown1, grown2 = (1.0 - beta1).to(COMPUTE), (1.0 - beta2).to(COMPUTE)
     beta2 = beta2.to(COMPUTE)
     eps = tl.load(hyper + EPS).to(COMPUTE)

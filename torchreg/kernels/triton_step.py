@@ -49,11 +49,11 @@ def run(name: str, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tens
         return
     import triton.language as tl
 
-    from torchreg.kernels import triton_group_sgd, triton_prox_adam, triton_prox_sgd
+    from torchreg.kernels import triton_group_adam, triton_group_sgd, triton_prox_adam, triton_prox_sgd
 
     kernels = {
         "prox_sgd": (triton_prox_sgd.prox_sgd, triton_group_sgd.prox_sgd_groups),
-        "prox_adam": (triton_prox_adam.prox_adam, None),
+        "prox_adam": (triton_prox_adam.prox_adam, triton_group_adam.prox_adam_groups),
     }[name]
     table, pieces, hypers = (_uploaded(plan, name) for name in ("table", "pieces", "hypers"))
     for entry, values in plan.late.items():
