@@ -270,15 +270,68 @@ def test_a_norm_without_scale_and_shift_makes_a_channel_zero():
     assert {s.name: s.after for s in report.couplings} == {"stem": 4, "a.conv1": 1, "b.conv1": 8, "b.conv2": 8}
 
 
-def test_a_row_without_its_norms_shift_is_not_zero():
+def test_constants_that_zero_padding_surrounds_stay_unless_the_activation_makes_them_zero():
     model = _lively(ResNet())
     with torch.no_grad():
         model.a.conv1.weight[:3] = 0
         model.a.conv1.bias[:3] = 0
-    report = compact(model, _image(), seconds=0).report
-    assert report.parameters[0] == report.parameters[1]
-    assert {s.name: s.constant for s in report.couplings} == {"stem": 0, "a.conv1": 3, "b.conv1": 0, "b.conv2": 0}
+        model.a.bn1.running_mean.zero_()
+        model.a.bn1.bias[:3] = torch.tensor([1.0, -1.0, 2.0])
+    small, report = (result := compact(model, _image(), seconds=0)).model, result.report
+    assert {s.name: s.constant for s in report.couplings} == {"stem": 0, "a.conv1": 2, "b.conv1": 0, "b.conv2": 0}
+    assert small.a.conv1.out_channels == 3
     assert "constant" in str(report)
+    _same(small, model, _image())
+    assert compact(model, _image(), fold=False, seconds=0).model.a.conv1.out_channels == 4
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Sigmoid, nn.GELU])
+@pytest.mark.parametrize("bias", [False, True])
+def test_constants_become_biases(activation, bias):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), activation(),
+        nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect", bias=bias), activation(), nn.Conv2d(6, 4, 3, bias=bias),
+        nn.Flatten(), activation(), nn.Linear(144, 5, bias=bias), activation(), nn.Linear(5, 2, bias=bias),
+    )  # fmt: skip
+    _lively(model)
+    with torch.no_grad():
+        for layer in (0, 3, 5, 8):
+            model[layer].weight[::2] = 0
+    before = copy.deepcopy(model.state_dict())
+    small, report = (result := compact(model, _image(), seconds=0)).model, result.report
+    assert [s.after for s in report.couplings] == [4, 3, 2, 2]
+    assert sum(s.constant for s in report.couplings) == 0
+    assert report.error < 1e-6
+    _same(small, model, _image())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def test_what_only_constants_feed_is_a_constant():
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        model[2].weight[:2, 4:] = 0  # two units read nothing else
+    small = compact(model, torch.randn(7, 3), seconds=0).model
+    assert [tuple(layer.weight.shape) for layer in small[::2]] == [(2, 3), (3, 2), (4, 3)]
+    _same(small, model, torch.randn(7, 3))
+
+
+def test_a_constant_that_the_input_scales_stays():
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x, gain):
+            return self.b(F.relu(self.a(x)) * gain)
+
+    model, example = Gain(), (torch.randn(4, 3), torch.rand(4, 1))
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+        model.a.bias[:3] = torch.tensor([1.0, 2.0, -1.0])
+    small, report = (result := compact(model, example, seconds=0)).model, result.report
+    assert [(s.after, s.constant) for s in report.couplings] == [(5, 2)]
+    _same(small, model, example)
 
 
 def test_tied_weights_stay_tied():
@@ -317,13 +370,15 @@ def test_gates_that_are_zero_take_the_units_they_gate_along():
     assert [(s.before, s.after) for s in report.couplings] == [(8, 5), (6, 6)]
 
 
-def test_zeros_before_a_sigmoid_are_left_but_unused_units_are_not():
+@pytest.mark.parametrize("fold", [False, True])
+def test_zeros_before_a_sigmoid_are_constants(fold):
     model = nn.Sequential(nn.Linear(3, 6), nn.Sigmoid(), nn.Linear(6, 2))
     with torch.no_grad():
         model[0].weight[0] = model[0].bias[0] = 0
         model[2].weight[:, 1:3] = 0
-    report = compact(model, torch.randn(4, 3), seconds=0).report
-    assert [(s.before, s.after) for s in report.couplings] == [(6, 4)]
+    small, report = (result := compact(model, torch.randn(4, 3), fold=fold, seconds=0)).model, result.report
+    assert [(s.before, s.after) for s in report.couplings] == [(6, 3 if fold else 4)]
+    _same(small, model, torch.randn(4, 3))
 
 
 @pytest.mark.parametrize("model", [Averaged(), Recurrent(nn.LSTM), Shuffled()], ids=lambda m: type(m).__name__)
@@ -514,6 +569,18 @@ def test_a_linear_layer_stops_reading_unused_inputs():
     torch.save(small.state_dict(), buffer)
     buffer.seek(0)
     small.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_layers_that_a_fused_kernel_reads_keep_their_columns():
+    model = nn.Sequential(nn.Linear(20, 8), nn.TransformerEncoderLayer(8, 4, 16, batch_first=True))
+    with torch.no_grad():
+        model[0].weight[:, 4:] = 0
+        model[1].linear1.weight[:, :6] = 0
+    example = torch.randn(2, 5, 20)
+    small = compact(model, example, seconds=0).model
+    assert small[0].weight.shape == (8, 4)
+    assert small[1].linear1.weight.shape == (16, 8)
+    _same(small, model, example)
 
 
 # --- checks

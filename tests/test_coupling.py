@@ -284,6 +284,25 @@ class Shuffled(nn.Module):
         return self.c(self.b(y.view(n, 2, 4, h, w).transpose(1, 2).reshape(n, 8, h, w)))
 
 
+class Gate(nn.Module):
+    """One channel that multiplies all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.gate, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        return self.b(y * torch.sigmoid(self.gate(y)))
+
+
+def test_a_single_channel_that_is_broadcast_is_not_the_first_of_the_others():
+    (coupling,) = coupled_groups(Gate(), torch.randn(2, 3, 6, 6))
+    assert coupling.count == 8
+    assert {m.name for m in coupling.makers} == {"a.weight", "a.bias"}
+    assert {m.name for m in coupling.users} == {"gate.weight", "b.weight"}
+
+
 class Mixer(nn.Module):
     """Mixes over places with a layer as wide as there are channels: torch-pruning takes places for channels."""
 

@@ -19,7 +19,8 @@ class Shrunk:
         before, after: how many there are.
         layers: the layers whose tensors were cut.
         constant: how many channels that stay are constants: their weights are zero, but not their bias or the shift of
-            their norm. A penalty on all that makes them (see `torchreg.coupled_groups`) would have let them go.
+            their norm, and a convolution with zero padding reads them, say. A penalty on all that makes them (see
+            `torchreg.coupled_groups`) would have let them go.
     """
 
     name: str

@@ -18,6 +18,7 @@ from torchreg.coupling.stand_ins import Example, private_copy, undisturbed
 from torchreg.coupling.values import Coupling, Couplings, LeftAlone
 from torchreg.export import equality
 from torchreg.export.compact_report import CompactReport, Shrunk
+from torchreg.export.constants import Folded, fold_constants
 from torchreg.export.equality import Reference
 from torchreg.export.removable import removable
 from torchreg.export.surgery import without
@@ -39,6 +40,7 @@ def compact(
     *,
     ignore: Sequence[str] = (),
     heads: Mapping[str, Attention] | None = None,
+    fold: bool = True,
     select_inputs: bool = True,
     seconds: float = 1.0,
 ) -> Compacted:
@@ -46,14 +48,17 @@ def compact(
 
     A channel goes, from every tensor that holds it, if what makes it is exactly zero (its weight row and bias; or the
     scale and shift of the norm behind it, whatever the row holds), or if all that reads it is; see
-    `torchreg.coupled_groups` for what hangs together. One channel of each layer stays. A linear layer with many zero
-    columns for inputs that others need (those of the model, for one) gets to read only the others
-    (`torchreg.export.SelectedLinear`); `nn.MultiheadAttention` that loses heads becomes a
+    `torchreg.coupled_groups` for what hangs together. A channel whose weights are zero, but not its bias or its norm's
+    shift, is a constant: it goes, too, where it is zero behind its activation, or where biases of the layers that read
+    it can stand for it, which those of convolutions with zero padding can't. One channel of each layer stays.
+
+    A linear layer with many zero columns for inputs that others need (those of the model, for one) gets to read only
+    the others (`torchreg.export.SelectedLinear`); `nn.MultiheadAttention` that loses heads becomes a
     `torchreg.export.CompactAttention`.
 
     What can't be removed exactly is left alone and named in the report: channels that a layer norm, a softmax or a mean
-    runs over; single channels of a convolution's group or of a group norm, which lose whole groups only; channels that
-    come out of zeros as something else, as after a sigmoid; heads of an attention module that is not described.
+    runs over; single channels of a convolution's group or of a group norm, which lose whole groups only; heads of an
+    attention module that is not described.
 
     Both models are compared before anything is returned: on the example and on random inputs of its shape and range,
     in eval mode and, where the model can be run so, in float64. The model itself is not changed.
@@ -63,6 +68,7 @@ def compact(
         example_input: what it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
         ignore: globs on the names of layers, or of modules that hold some, whose out-channels shall stay.
         heads: how attention modules other than `nn.MultiheadAttention` name their parts, by globs on their names.
+        fold: whether the biases of next layers may take the part of channels that are constants.
         select_inputs: whether linear layers may leave out zero columns of inputs that stay.
         seconds: how long to measure the latency of both models, about; 0 measures none.
 
@@ -92,13 +98,15 @@ def compact(
     model, example = unwrapped(model), Example.of(example_input)
     described = declared(model, heads)
     usable, left = usable_couplings(model, couplings, described)
-    with undisturbed(example):
-        gone = removable(model, usable, Probe(private_copy(model), example))
-    cuts = [(coupling, dead) for coupling, dead in zip(usable, gone, strict=True) if bool(dead.any())]
     reference = Reference(model, example)
-    small, error, refused = _cut(model, cuts, described, reference, select_inputs)
+    folded = fold_constants(model, usable, reference.inputs) if fold else Folded(model, usable)
+    usable = folded.couplings
+    with undisturbed(example):
+        gone = removable(folded.model, usable, Probe(private_copy(folded.model), example))
+    cuts = [(coupling, dead) for coupling, dead in zip(usable, gone, strict=True) if bool(dead.any())]
+    small, error, refused = _cut(folded, cuts, described, reference, select_inputs)
     left += refused.values()
-    tensors = dict(model.named_parameters())
+    tensors = dict(folded.model.named_parameters())
     sizes = [
         Shrunk(c.name, c.count, c.count - int(dead.sum()), _layers(c), _constant(c, dead, tensors))
         for c, dead in zip(usable, gone, strict=True)
@@ -148,13 +156,16 @@ def usable_couplings(
 
 
 def _cut(
-    model: nn.Module, cuts: Sequence[Cut], described: Mapping[str, Attention], reference: Reference, select: bool
+    folded: Folded, cuts: Sequence[Cut], described: Mapping[str, Attention], reference: Reference, select: bool
 ) -> tuple[nn.Module, float, dict[int, LeftAlone]]:
     """The smaller model, how far its outputs are off, and couplings (by id) that its own code does not let go."""
     tolerance = equality.TOLERANCES.get(reference.dtype, 1e-4)
+    if folded.rounded:
+        types = {p.dtype for p in folded.model.parameters() if p.is_floating_point()}
+        tolerance = max(tolerance, *(equality.FOLDED.get(dtype, 1e-5) for dtype in types))
 
     def attempt(some: Sequence[Cut], selecting: bool) -> tuple[nn.Module, float]:
-        small = without(model, some, described, selecting)
+        small = without(folded.model, some, described, selecting)
         return small, reference.difference(small)
 
     try:
