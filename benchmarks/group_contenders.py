@@ -21,6 +21,7 @@ PENALTIES: dict[str, Penalty] = {
 }
 FUSED = tuple(f"ProxSGD {name} by rows, fused" for name in PENALTIES)
 PAT = "torchao PAT group lasso by rows"
+SLOW = 50_000_000
 
 
 def proximal(l1: float, norm: float, l2: float) -> Formula:
@@ -73,6 +74,10 @@ def no_fused_groups(metric: bool):
     return missing
 
 
+def slow(work: Workload) -> str | None:
+    return "takes ten seconds a step" if work.device.type == "cpu" and work.size > SLOW else None
+
+
 def _ours(name: str, penalty: Penalty) -> list[Contender]:
     sgd, in_adams_metric = proximal(*penalty.parts()), adaptive(penalty)
     rows = []
@@ -90,8 +95,7 @@ def _ours(name: str, penalty: Penalty) -> list[Contender]:
                 f"ProxAdamW {name} by rows, {form}",
                 lambda work, fused=fused: built(ProxAdamW, work, penalty=penalty, fused=fused).step,
                 in_adams_metric,
-                missing=no_fused_groups(metric=True) if fused else nothing_missing,
-                patient=not fused,
+                missing=no_fused_groups(metric=True) if fused else slow,
                 by_rows=True,
             ),
         ]

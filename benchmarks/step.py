@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import adam_contenders
@@ -42,18 +44,31 @@ README_ROWS = {
     "added by L1 in the loss: by hand": contenders.BY_HAND,
     "added by L1 in the loss: `Regularizer`": contenders.LOSS_TERM,
 }
+GROUP_ROWS = {
+    "`ProxSGD`, GroupLasso": group_contenders.FUSED[0],
+    "`ProxSGD`, SparseGroupLasso with L2": group_contenders.FUSED[1],
+    "`ProxSGD(fused=False)`, GroupLasso": "ProxSGD GroupLasso by rows, eager",
+    "`torchao.prototype.pat`, group lasso": group_contenders.PAT,
+    "`AdamW(fused=True)`": adam_contenders.BASELINE,
+    "`ProxAdamW`, GroupLasso": "ProxAdamW GroupLasso by rows, fused",
+    "`ProxAdamW`, SparseGroupLasso with L2": "ProxAdamW SparseGroupLasso by rows, fused",
+    "`ProxAdamW(fused=False)`, GroupLasso": "ProxAdamW GroupLasso by rows, eager",
+}
+BASELINES = (contenders.BASELINE, adam_contenders.BASELINE)
 
 Result = dict[str, Any]
 
 
-def compare(work: Workload, quick: bool, seconds: float, tell: Callable[[str], None]) -> Result:
-    """Check and time every contender that can take part.
+def compare(work: Workload, quick: bool, seconds: float, tell: Callable[[str], None], only: str = "") -> Result:
+    """Check and time every contender that can take part, and is a baseline or has ``only`` in its name.
 
     Raises:
         Disagreement: if the output of one is wrong; nothing is timed then.
     """
     steps, skipped = {}, {}
     for contender in (*contenders.CONTENDERS, *adam_contenders.CONTENDERS, *group_contenders.CONTENDERS):
+        if only.lower() not in contender.name.lower() and contender.name not in BASELINES:
+            continue
         reason = "left out by --quick" if quick and contender.patient else contender.missing(work)
         if reason:
             skipped[contender.name] = reason
@@ -108,10 +123,10 @@ def table(title: str, result: Result) -> str:
     return "\n".join([render(header, rows), note, *remarks])
 
 
-def readme_table(document: Result) -> str:
-    """The rows that README.md quotes, in Markdown."""
+def readme_table(document: Result, rows: Mapping[str, str] = MappingProxyType(README_ROWS)) -> str:
+    """The rows that README.md quotes, or others, in Markdown."""
     lines = [f"| time, `SGD(fused=True)` = 1 | {' | '.join(README_LISTS)} |", "| --- | --- | --- |"]
-    for label, name in README_ROWS.items():
+    for label, name in rows.items():
         ratios = [document["lists"][key]["float32"]["contenders"].get(name) for key in README_LISTS]
         cells = ["not measured" if r is None else f"{'+' * ('added' in label)}{r['ratio']:.2f}" for r in ratios]
         lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -124,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32, on a GPU both")
     parser.add_argument("--lists", nargs="+", metavar="LIST", choices=workload.LISTS, help="some tensor lists only")
     parser.add_argument("--quick", action="store_true", help="two lists, few rounds, no torch.compile, no file")
+    parser.add_argument("--only", default="", metavar="WORD", help="contenders with this in their name, and baselines")
     parser.add_argument("--seconds", type=float, default=60.0, help="of timing per list and dtype, about")
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args(arguments)
@@ -159,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
             title = f"{name}, {dtype}"
             work = Workload(workload.LISTS[name], device, getattr(torch, dtype))
             try:
-                result = compare(work, options.quick, seconds, lambda what, title=title: _progress(title, what))
+                tell = functools.partial(_progress, title)
+                result = compare(work, options.quick, seconds, tell, options.only)
             except Disagreement as error:
                 sys.exit(f"{title}: {error}. No speed is reported.")
             document["lists"].setdefault(name, {})[dtype] = result
@@ -171,13 +188,15 @@ def main(arguments: list[str] | None = None) -> int:
     for bar in bars:
         met = {None: "not measured", True: "met", False: "MISSED"}[bar["met"]]
         print(f"{met}: {bar['text']}" + ("" if bar["measured"] is None else f" ({bar['measured']:.3g})"))
-    path = options.json or (None if options.quick or options.lists else RESULTS / f"step-{_slug(facts['device'])}.json")
+    some = options.quick or options.lists or options.only
+    path = options.json or (None if some else RESULTS / f"step-{_slug(facts['device'])}.json")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"\nwritten to {path}")
     if all("float32" in document["lists"].get(name, {}) for name in README_LISTS):
-        print(f"\nfor README.md:\n\n{readme_table(document)}")
+        for page, rows in {"README.md": README_ROWS, "docs/groups.md": GROUP_ROWS}.items():
+            print(f"\nfor {page}:\n\n{readme_table(document, rows)}")
     return int(any(bar["met"] is False for bar in bars))
 
 

@@ -136,4 +136,4 @@ def test_the_bars_are_about_what_is_measured():
         assert {bar.contender, bar.against or bar.contender} <= names
         assert bar.tensors in workload.LISTS
         assert 0 < bar.limit < math.inf
-    assert set(step.README_ROWS.values()) <= names
+    assert {*step.README_ROWS.values(), *step.GROUP_ROWS.values()} <= names

@@ -8,7 +8,7 @@ import torch
 from command import assert_refused, program, run_json
 
 import torchreg
-from torchreg import L1, ProxSGD
+from torchreg import L1, GroupLasso, ProxSGD
 from torchreg.cli import main
 from torchreg.kernels import native, toolchain
 
@@ -43,13 +43,14 @@ def test_every_device_has_a_row_and_the_versions_are_there(capsys):
         assert word in table
 
 
+@pytest.mark.parametrize("penalty", [L1(0.1), GroupLasso(0.1)], ids=str)
 @pytest.mark.parametrize("switch", ["0", "1"])
-def test_it_tells_what_a_step_does(switch, forgotten, monkeypatch):
+def test_it_tells_what_a_step_does(switch, penalty, forgotten, monkeypatch):
     monkeypatch.setenv(toolchain.SWITCH, switch)
     (cpu,) = (d for d in run_json(["doctor"])["devices"] if d["device"] == "cpu")
     w = torch.nn.Parameter(torch.ones(cpu["smallest"] or 100_000))
     w.grad = torch.zeros_like(w)
-    opt = ProxSGD([w], lr=0.1, penalty=L1(0.1))
+    opt = ProxSGD([w], lr=0.1, penalty=penalty)
     opt.step()
     assert (cpu["step"] == "fused (C)") == (opt.step_counts() is not None)
     assert (cpu["not_fused"] is None) == (opt.step_counts() is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 
 import pytest
@@ -29,11 +30,13 @@ from torchreg import (
     L2,
     MCP,
     ElasticNet,
+    GroupLasso,
     NonNegative,
     ProxAdamW,
     Proximal,
     ProxSGD,
     Regularizer,
+    SparseGroupLasso,
     TopK,
     kernels,
 )
@@ -98,6 +101,18 @@ def test_multi_tensor_operations_agree_with_the_reference(penalty, dtype):
 @pytest.mark.parametrize("penalty", [L1(0.01), ElasticNet(0.01, 0.02)], ids=["L1", "ElasticNet"])
 @pytest.mark.parametrize("shape", [(torchreg.penalties.tiles.TILE + 1000,), (3, 100_000), (4, 8, 100, 100)], ids=str)
 def test_large_tensors_agree_with_torch_sgd_and_a_prox(form, hyper, penalty, shape):
+    assert_large_agree(form, hyper, penalty, shape, rtol=1e-14)  # fused multiply-add may differ by an ulp
+
+
+@forms
+@pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}], ids=["plain", "all"])
+@pytest.mark.parametrize("penalty", [GroupLasso, functools.partial(SparseGroupLasso, 0.01, l2=0.1)], ids=["one", "two"])
+@pytest.mark.parametrize("shape", [(700, 500), (2, 150_000), (1, 300_000)], ids=str)
+def test_large_tensors_with_groups_agree_with_torch_sgd_and_a_prox(form, hyper, penalty, shape):
+    assert_large_agree(form, hyper, penalty(10 / shape[1] ** 0.5, groups="columns"), shape, rtol=1e-10)
+
+
+def assert_large_agree(form, hyper, penalty, shape, rtol):
     torch.manual_seed(0)
     start = torch.randn(shape, dtype=torch.float64)
     if len(shape) > 1:
@@ -111,7 +126,7 @@ def test_large_tensors_agree_with_torch_sgd_and_a_prox(form, hyper, penalty, sha
         a.step()
         b.step()
         theirs.data = penalty.prox(theirs.data, ProxSGD.effective_step(a.param_groups[0]))
-    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)  # fused multiply-add may differ by an ulp
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol / 10)
     assert torch.equal(ours == 0, theirs == 0)
 
 

@@ -59,7 +59,7 @@ def diagnosis() -> dict[str, Any]:
 def _device(device: torch.device) -> dict[str, Any]:
     import torch
 
-    from torchreg.kernels import native, selection, triton_step
+    from torchreg.kernels import native, pieces, selection, triton_step
 
     on_cpu = device.type == "cpu"
     missing = selection.unavailable(device)
@@ -74,6 +74,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         "otherwise": eager,
         "dtypes": [] if missing else [str(dtype).removeprefix("torch.") for dtype in dtypes],
         "smallest": None if missing else smallest,
+        "longest_group": None if missing or on_cpu else pieces.LONGEST,
         "not_fused": missing,
     }
 
@@ -107,4 +108,5 @@ def _remark(device: dict[str, Any]) -> str:
         return f"not fused: {device['not_fused']}"
     dtypes = ", ".join(device["dtypes"])
     start = f" from {device['smallest']} weights" if device["smallest"] else ""
-    return f"{dtypes}{start}; otherwise {device['otherwise']}"
+    most = f" of at most {device['longest_group']} weights" if device["longest_group"] else ""
+    return f"{dtypes}{start}; groups{most} that are neighbours in memory; otherwise {device['otherwise']}"

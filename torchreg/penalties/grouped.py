@@ -78,6 +78,10 @@ class Grouped(TakesGroups, abstract=True):
         if not self.is_joint:
             self._groups.of(shape)
 
+    def of_rows(self: G) -> G:
+        """The same penalty on the rows of a matrix."""
+        return self._with_groups(as_groups("rows"))
+
     def run(self, w: Tensor) -> int | None:
         """The size of the groups if each is a run of neighbours in the memory of the dense weight, else None."""
         return None if self.is_joint else self._groups.of(w.shape).run(w)
