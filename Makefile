@@ -5,13 +5,17 @@ MNIST ?= mnist.npz
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint format bench bench-compact bench-files bench-quality clean
+.PHONY: demo test test-sklearn lint format bench bench-compact bench-files bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Scikit-learn's own tests on torchreg.linear, all of them: some minutes.
+test-sklearn: $(VENV)/.dev
+	$(BIN)/python tests/sklearn_suite.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,5 +1,8 @@
 """torchreg: L1, L2, Elastic Net and exact zeros for any PyTorch module."""
 
+import importlib
+from typing import Any
+
 from torchreg import export, groups, penalties, rules, schedules
 from torchreg.coupling import coupled_groups
 from torchreg.factorization import defactorize, factorize
@@ -62,6 +65,7 @@ __all__ = [
     "group_sparsity",
     "groups",
     "kkt_residual",
+    "linear",
     "penalties",
     "rules",
     "schedules",
@@ -69,3 +73,10 @@ __all__ = [
     "strength_max",
     "thaw",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`torchreg.linear`, which needs scikit-learn, is imported when it is first used."""
+    if name == "linear":
+        return importlib.import_module("torchreg.linear")
+    raise AttributeError(f"module 'torchreg' has no attribute {name!r}")

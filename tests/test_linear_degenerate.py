@@ -1,0 +1,172 @@
+"""Data that other solvers stumble on: the right answer, or scikit-learn's own error."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.linear_model
+import torch
+from linear_cases import largest, relative_gap, tall, wide
+from scipy import sparse
+from sklearn.exceptions import ConvergenceWarning
+
+from torchreg.linear import ElasticNet, ElasticNetCV, Lasso, LassoCV, lasso_path
+
+ESTIMATORS = [Lasso, ElasticNet, LassoCV, ElasticNetCV]
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        yield
+
+
+def test_many_more_features_than_samples() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((8, 3000)), rng.standard_normal(8)
+    alpha = 1e-3 * largest(x, y)
+    model = Lasso(alpha).fit(x, y)
+    assert relative_gap(x, y, model.coef_, model.intercept_, alpha) < 1e-12
+    assert 0 < np.count_nonzero(model.coef_) < 8  # never more than the rank
+
+
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_one_sample(fit_intercept: bool) -> None:
+    model = Lasso(0.5, fit_intercept=fit_intercept).fit([[1.0, 2.0, 0.0]], [3.0])
+    theirs = sklearn.linear_model.Lasso(0.5, fit_intercept=fit_intercept, tol=1e-12).fit([[1.0, 2.0, 0.0]], [3.0])
+    np.testing.assert_allclose(model.coef_, theirs.coef_, atol=1e-12)
+    np.testing.assert_allclose(model.intercept_, theirs.intercept_, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.01])
+@pytest.mark.parametrize("container", [np.asarray, sparse.csc_array])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e8])
+@pytest.mark.filterwarnings("ignore:With alpha=0")
+def test_a_constant_column_has_no_part(constant: float, container: Any, alpha: float) -> None:
+    x, y = tall()
+    model = Lasso(alpha).fit(container(np.c_[np.full(len(y), constant), x]), y)
+    assert model.coef_[0] == 0
+    np.testing.assert_allclose(model.coef_[1:], Lasso(alpha).fit(x, y).coef_, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("container", [np.asarray, sparse.csc_array])
+def test_duplicated_columns_share_one_optimum(container: Any) -> None:
+    x, y = wide()
+    alpha = 0.05 * largest(x, y)
+    single = Lasso(alpha).fit(x, y)
+    double = np.c_[x, x, -x]
+    model = Lasso(alpha).fit(container(double), y)
+    assert relative_gap(double, y, model.coef_, model.intercept_, alpha) < 1e-12
+    np.testing.assert_allclose(model.predict(double), single.predict(x), rtol=1e-9)
+
+
+def test_elastic_net_spreads_over_duplicated_columns() -> None:
+    x, y = tall()
+    model = ElasticNet(0.1, l1_ratio=0.5).fit(np.c_[x, x], y)
+    np.testing.assert_allclose(model.coef_[:30], model.coef_[30:], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:With alpha=0")
+@pytest.mark.parametrize("estimator", [Lasso, ElasticNet])
+def test_no_penalty_is_least_squares(estimator: Any) -> None:
+    x, y = tall()
+    model = estimator(alpha=0).fit(x, y)
+    theirs = sklearn.linear_model.LinearRegression().fit(x, y)
+    np.testing.assert_allclose(model.coef_, theirs.coef_, rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:With alpha=0")
+def test_no_penalty_and_more_features_than_samples_fits_exactly() -> None:
+    x, y = wide()
+    model = Lasso(alpha=0).fit(x, y)
+    np.testing.assert_allclose(model.predict(x), y, rtol=1e-9)
+
+
+@pytest.mark.parametrize("case", [wide, tall])
+def test_a_strength_beyond_the_largest_leaves_the_mean(case: Any) -> None:
+    x, y = case()
+    model = Lasso(2 * largest(x, y)).fit(x, y)
+    assert not model.coef_.any()
+    assert model.dual_gap_ == pytest.approx(0, abs=1e-14)
+    assert model.intercept_ == pytest.approx(y.mean())
+
+
+@pytest.mark.parametrize("case", [wide, tall])
+def test_badly_scaled_columns(case: Any) -> None:
+    x, y = case()
+    x = x * np.logspace(-8, 8, x.shape[1])
+    alpha = 1e-4 * largest(x, y)
+    model = Lasso(alpha).fit(x, y)
+    assert relative_gap(x, y, model.coef_, model.intercept_, alpha) < 1e-12
+
+
+def test_targets_that_do_not_vary() -> None:
+    x, _ = wide()
+    model = Lasso(0.1).fit(x, np.full(len(x), 2.5))
+    assert not model.coef_.any()
+    assert model.intercept_ == 2.5
+
+
+def test_data_far_from_the_origin() -> None:
+    x, y = tall()
+    near, far = Lasso(0.05).fit(x, y), Lasso(0.05).fit(x + 1e6, y - 1e6)
+    np.testing.assert_allclose(far.coef_, near.coef_, atol=1e-8)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["X", "y"])
+def test_values_that_are_not_finite_are_refused(estimator: Any, bad: float, where: str) -> None:
+    x, y = tall()
+    (x if where == "X" else y)[3] = bad
+    with pytest.raises(ValueError, match=r"contains (NaN|infinity)"):
+        estimator().fit(x, y)
+    with pytest.raises(ValueError, match=rf"Input {where} contains NaN or infinity"):
+        estimator().fit(torch.tensor(x), torch.tensor(y))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("shape", [(0, 3), (5, 0)])
+def test_empty_data_are_refused(estimator: Any, shape: tuple[int, int]) -> None:
+    for x, y in ((np.empty(shape), np.zeros(shape[0])), (torch.empty(shape), torch.zeros(shape[0]))):
+        with pytest.raises(ValueError, match=r"Found array with 0"):
+            estimator().fit(x, y)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_lengths_that_differ_are_refused(estimator: Any) -> None:
+    x, y = tall()
+    for given in (x, torch.tensor(x)):
+        with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+            estimator().fit(given, y[:-1])
+
+
+@pytest.mark.parametrize("case", [wide, tall])
+def test_data_too_large_for_float64_are_refused(case: Any) -> None:
+    x, y = case()
+    with pytest.raises(ValueError, match="non-finite"), np.errstate(all="ignore"):
+        Lasso(0.1).fit(x * 1e300, y)
+
+
+@pytest.mark.parametrize("weights", [[0.0] * 200, [-1.0] + [1.0] * 199, [1.0] * 3])
+def test_unsuitable_weights_are_refused(weights: list[float]) -> None:
+    x, y = tall()
+    for given in ((x, y, weights), (torch.tensor(x), torch.tensor(y), torch.tensor(weights))):
+        with pytest.raises(ValueError, match=r"[Ww]eight"):
+            Lasso(0.1).fit(*given)
+
+
+def test_too_few_steps_are_said() -> None:
+    x, y = tall()
+    with pytest.warns(ConvergenceWarning, match="Objective did not converge"):
+        Lasso(0.05, max_iter=1, tol=1e-12).fit(x, y)
+
+
+@pytest.mark.parametrize("alphas", [[], [-1.0], [np.nan], [[1.0]]])
+def test_unsuitable_strengths_of_a_path_are_refused(alphas: Any) -> None:
+    with pytest.raises(ValueError, match="non-negative numbers"):
+        lasso_path(*tall(), alphas=alphas)

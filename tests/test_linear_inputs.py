@@ -1,0 +1,162 @@
+"""Arrays, frames, tensors and sparse matrices: one result, in the user's own kind of array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from linear_cases import sparse_case, tall, wide
+from sklearn.base import clone
+
+from torchreg.linear import ElasticNet, ElasticNetCV, Lasso, LassoCV, alpha_max, lasso_path
+
+ALPHA = 0.05
+
+
+@pytest.fixture
+def fitted() -> Any:
+    return Lasso(ALPHA).fit(*tall())
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_in_rows_and_columns_are_left_alone(fitted: Any, order: str) -> None:
+    x, y = tall()
+    x = np.array(x, order=order)
+    before = x.copy()
+    model = Lasso(ALPHA).fit(x, y)
+    np.testing.assert_allclose(model.coef_, fitted.coef_, rtol=1e-10, atol=1e-13)
+    assert np.array_equal(x, before)
+
+
+def test_strided_and_read_only_arrays(fitted: Any) -> None:
+    x, y = tall()
+    np.testing.assert_allclose(Lasso(ALPHA).fit(np.repeat(x, 2, 1)[:, ::2], y).coef_, fitted.coef_, atol=1e-12)
+    np.testing.assert_allclose(Lasso(ALPHA).fit(x[::-1], y[::-1]).coef_, fitted.coef_, atol=1e-12)
+    x.flags.writeable = y.flags.writeable = False
+    np.testing.assert_allclose(Lasso(ALPHA, copy_X=False).fit(x, y).coef_, fitted.coef_, atol=1e-12)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_frames(fitted: Any, library: str) -> None:
+    frames = pytest.importorskip(library)
+    x, y = tall()
+    frame = frames.DataFrame({f"f{i}": column for i, column in enumerate(x.T)})
+    model = Lasso(ALPHA).fit(frame, frames.Series(y))
+    np.testing.assert_allclose(model.coef_, fitted.coef_, atol=1e-12)
+    assert list(model.feature_names_in_[:2]) == ["f0", "f1"]
+    np.testing.assert_allclose(model.predict(frame), fitted.predict(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tensors_give_tensors(fitted: Any, dtype: torch.dtype) -> None:
+    x, y = (torch.tensor(a, dtype=dtype) for a in tall())
+    model = Lasso(ALPHA).fit(x, y)
+    assert model.coef_.dtype == model.intercept_.dtype == dtype
+    torch.testing.assert_close(model.coef_.double().numpy(), fitted.coef_, rtol=1e-4, atol=1e-4)
+    assert isinstance(model.predict(x), torch.Tensor)
+    assert model.score(x, y) == pytest.approx(fitted.score(*tall()), rel=1e-5)
+    assert model.n_features_in_ == 30
+    with pytest.raises(ValueError, match="30 features"):
+        model.predict(x[:, :3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_tensors_of_other_types_are_widened(dtype: torch.dtype) -> None:
+    x = (torch.tensor(tall()[0]) * 4).to(dtype)
+    y = torch.tensor(tall()[1])
+    wide_type = torch.float64 if dtype == torch.int64 else torch.float32
+    model = Lasso(ALPHA).fit(x, y)
+    assert model.coef_.dtype == wide_type
+    torch.testing.assert_close(model.coef_, Lasso(ALPHA).fit(x.to(wide_type), y).coef_)
+
+
+def test_a_parameter_is_fitted_without_a_graph() -> None:
+    x, y = (torch.tensor(a) for a in tall())
+    assert not Lasso(ALPHA).fit(x.requires_grad_(), y).coef_.requires_grad
+
+
+def test_arrays_and_tensors_mix(fitted: Any) -> None:
+    x, y = tall()
+    torch.testing.assert_close(Lasso(ALPHA).fit(torch.tensor(x), y).coef_.numpy(), fitted.coef_)
+    assert isinstance(Lasso(ALPHA).fit(x, torch.tensor(y)).coef_, np.ndarray)
+    np.testing.assert_allclose(fitted.predict(torch.tensor(x)), fitted.predict(x))
+
+
+def test_dtype_is_what_is_asked_for() -> None:
+    x, y = tall()
+    for dtype in ("float32", torch.float32, np.float32):
+        assert Lasso(ALPHA, dtype=dtype).fit(x, y).coef_.dtype == np.float32
+    assert Lasso(ALPHA, dtype="float64").fit(x.astype(np.float32), y).coef_.dtype == np.float64
+    with pytest.raises(ValueError, match="Expected `dtype`"):
+        Lasso(ALPHA, dtype="float16").fit(x, y)
+
+
+def test_several_targets_are_problems_of_their_own() -> None:
+    x, y = tall()
+    several = np.c_[y, -2 * y, np.roll(y, 3)]
+    model = Lasso(ALPHA).fit(x, several)
+    assert model.coef_.shape == (3, 30)
+    for k in range(3):
+        single = Lasso(ALPHA).fit(x, several[:, k])
+        np.testing.assert_allclose(model.coef_[k], single.coef_, atol=1e-12)
+        assert model.intercept_[k] == pytest.approx(single.intercept_)
+    tensors = Lasso(ALPHA).fit(torch.tensor(x), torch.tensor(several))
+    np.testing.assert_allclose(tensors.coef_, model.coef_, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [wide, tall])
+def test_a_warm_start_at_the_solution_takes_no_step(case: Any) -> None:
+    x, y = case()
+    model = ElasticNet(ALPHA, warm_start=True).fit(x, y)
+    assert model.n_iter_ > 0
+    coef = model.coef_
+    assert model.fit(x, y).n_iter_ == 0
+    assert np.array_equal(model.coef_, coef)
+
+
+def test_a_warm_start_of_another_shape_is_refused() -> None:
+    x, y = tall()
+    model = Lasso(ALPHA, warm_start=True).fit(x, y)
+    with pytest.raises(ValueError, match="warm start of shape"):
+        model.fit(x[:, :5], y)
+
+
+@pytest.mark.parametrize("case", [wide, tall])
+def test_a_gram_matrix_that_is_handed_in(case: Any) -> None:
+    x, y = case()
+    x = x - x.mean(0)
+    plain = Lasso(ALPHA).fit(x, y)
+    for precompute in (x.T @ x, (x.T @ x).tolist(), torch.tensor(x.T @ x), True):
+        np.testing.assert_allclose(Lasso(ALPHA, precompute=precompute).fit(x, y).coef_, plain.coef_, atol=1e-10)
+    with pytest.raises(ValueError, match="Gram matrix of shape"):
+        Lasso(ALPHA, precompute=np.eye(3)).fit(x, y)
+
+
+def test_tensors_through_paths_and_cross_validation() -> None:
+    x, y = tall()
+    tensors = torch.tensor(x), torch.tensor(y)
+    _, coefs, _ = lasso_path(*tensors, alphas=5)
+    assert isinstance(coefs, torch.Tensor)
+    np.testing.assert_allclose(coefs, lasso_path(x, y, alphas=5)[1], atol=1e-10)
+    assert alpha_max(*tensors) == pytest.approx(alpha_max(x, y))
+    model = LassoCV(alphas=7, cv=3).fit(*tensors)
+    assert isinstance(model.coef_, torch.Tensor)
+    np.testing.assert_allclose(model.mse_path_, LassoCV(alphas=7, cv=3).fit(x, y).mse_path_)
+
+
+def test_sparse_data_stay_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = sparse_case()
+    monkeypatch.setattr(type(x), "toarray", None)
+    monkeypatch.setattr(type(x), "todense", None)
+    model = Lasso(ALPHA).fit(x, y)
+    assert model.predict(x).shape == y.shape
+
+
+@pytest.mark.parametrize("estimator", [Lasso, ElasticNet, LassoCV, ElasticNetCV])
+def test_parameters_survive_a_clone(estimator: Any) -> None:
+    model = clone(estimator(device="cpu", dtype="float32", solver="newton", positive=True))
+    assert (model.device, model.dtype, model.solver, model.positive) == ("cpu", "float32", "newton", True)
+    with pytest.raises(ValueError, match="'solver' parameter"):
+        model.set_params(solver="lars").fit(*tall())

@@ -1,0 +1,23 @@
+"""Linear models with scikit-learn's interface whose solutions are exact, on the CPU and on CUDA.
+
+Needs scikit-learn: ``pip install 'torchreg-sparse[sklearn]'``. Importing torchreg alone does not import it.
+"""
+
+try:
+    import sklearn  # noqa: F401
+except ImportError:
+    raise ImportError("torchreg.linear needs scikit-learn: pip install 'torchreg-sparse[sklearn]'") from None
+
+from torchreg.linear.cross_validation import ElasticNetCV, LassoCV
+from torchreg.linear.elastic_net import ElasticNet, Lasso
+from torchreg.linear.paths import alpha_max, enet_path, lasso_path
+
+__all__ = [
+    "ElasticNet",
+    "ElasticNetCV",
+    "Lasso",
+    "LassoCV",
+    "alpha_max",
+    "enet_path",
+    "lasso_path",
+]

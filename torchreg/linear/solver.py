@@ -1,0 +1,52 @@
+"""Which way a problem is solved."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from torchreg.linear.design import Dense, Design
+from torchreg.linear.full_gram import solve_on_gram
+from torchreg.linear.problem import NOT_FINITE, Problem, Strength
+from torchreg.linear.solution import Solution
+from torchreg.linear.working_set import solve_one, solve_path
+
+_NARROW = 256  # columns whose Gram matrix costs less than the passes over X that it saves
+_PER_STRENGTH = 16  # and as many more for each further strength
+
+
+def solve(
+    problem: Problem,
+    strengths: list[Strength],
+    *,
+    limit: int = 1000,
+    start: Tensor | None = None,
+    gram: Tensor | bool | None = None,
+) -> list[Solution]:
+    """Solutions for strengths in falling order.
+
+    Args:
+        problem: what is minimised.
+        strengths: at least one.
+        limit: the most Newton steps for one strength.
+        start: coefficients (features,) to begin with.
+        gram: ZᵀZ/n where it is known, True to compute it in any case.
+
+    Raises:
+        ValueError: if the data are too large for float64.
+    """
+    if not (problem.moment.isfinite().all() and math.isfinite(problem.power)):
+        raise ValueError(NOT_FINITE)
+    known = gram if isinstance(gram, Tensor) else None
+    if known is not None or gram is True or is_narrow(problem.design, len(strengths)):
+        return solve_on_gram(problem, strengths, limit, start, known)
+    if len(strengths) == 1:
+        return [solve_one(problem, strengths[0], limit, start)]
+    return list(solve_path(problem, strengths, limit, start))
+
+
+def is_narrow(design: Design, solutions: int) -> bool:
+    """Whether the Gram matrix of all columns pays for this many solutions."""
+    few = design.features <= _NARROW + _PER_STRENGTH * (solutions - 1)
+    return isinstance(design, Dense) and design.features <= design.samples and few
