@@ -28,6 +28,10 @@ class Cut(ABC):
     count: int
     sizes: int | Tensor
     loose: bool = False
+    spans: bool = False
+    """Whether groups reach beyond what this process holds, so that sums are taken by several processes together."""
+    agreed: bool = True
+    """Whether all who take part in a sum take part in the same ones, so that they may stop an iteration together."""
 
     @abstractmethod
     def arranged(self, x: Tensor) -> Tensor:
@@ -52,6 +56,14 @@ class Cut(ABC):
     def run(self, x: Tensor) -> int | None:
         """The size of the groups if each is a run of neighbours in the memory of the dense tensor ``x``, else None."""
         return None
+
+    def labels(self, shape: Sequence[int]) -> Tensor:
+        """The group of every weight of this shape, that of the cut: an int64 tensor that broadcasts to it."""
+        raise NotImplementedError(f"{type(self).__name__} is of several tensors: each has labels of its own.")
+
+    def sums_of(self, *tensors: Tensor) -> list[Tensor]:
+        """The `sums` of several arranged tensors."""
+        return [self.sums(y) for y in tensors]
 
 
 class Grid(Cut):
@@ -83,6 +95,21 @@ class Grid(Cut):
     def spread(self, values: Tensor) -> Tensor:
         return values.reshape(self.grid)
 
+    def labels(self, shape: Sequence[int]) -> Tensor:
+        ids, at, merged = torch.arange(self.count).view(self.grid), 0, []
+        expanded = list(self.grid)
+        for size in shape:  # made of one or more dimensions of the view
+            start, product = at, 1
+            while at == start or (product != size and at < len(self.shape)):
+                product *= self.shape[at]
+                at += 1
+            if any(self.grid[d] != 1 for d in range(start, at)):
+                expanded[start:at] = self.shape[start:at]
+                merged.append(size)
+            else:
+                merged.append(1)
+        return ids.expand(expanded).reshape(merged)
+
     def run(self, x: Tensor) -> int | None:
         y = self.arranged(x)
         outwards = sorted((stride, dim) for dim, stride in enumerate(y.stride()) if y.shape[dim] > 1)
@@ -94,7 +121,7 @@ class Labelled(Cut):
     """Groups by labels of as many dimensions as the weight, which broadcast to it."""
 
     def __init__(self, shape: tuple[int, ...], labels: Tensor, sizes: Tensor) -> None:
-        self.labels = labels
+        self._labels = labels
         self.inner = [dim for dim, size in enumerate(shape) if labels.shape[dim] != size]
         self.count = len(sizes)
         self.sizes = sizes * math.prod([shape[dim] for dim in self.inner])
@@ -114,10 +141,13 @@ class Labelled(Cut):
         return _root(self.sums(_squares(y)))
 
     def spread(self, values: Tensor) -> Tensor:
-        return values[self.labels.to(values.device)]
+        return values[self._labels.to(values.device)]
+
+    def labels(self, shape: Sequence[int]) -> Tensor:
+        return self._labels
 
     def _index(self, y: Tensor) -> Tensor:
-        return self.labels.reshape(-1).to(y.device)
+        return self._labels.reshape(-1).to(y.device)
 
 
 class Runs(Cut):

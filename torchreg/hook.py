@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchreg import kernels
+from torchreg import kernels, sharding
 from torchreg.assignments import PenalizedModel, by_rule
-from torchreg.penalties import Penalty, from_dict
+from torchreg.penalties import Penalty, from_dict, sharded
 from torchreg.penalties.base import arithmetic, checked_strength, host_scalar
 
 _attached: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[PenaltyHandle]]] = weakref.WeakKeyDictionary()
@@ -137,7 +137,8 @@ class PenaltyHandle:
             return
         divisor = grad_scale if found_inf is None else torch.where(found_inf == 1, 1.0, grad_scale)
         for _, grad, _, _ in self._data_grads:  # in as many dimensions, so that half precision divides in float32
-            grad.div_(divisor.to(grad.device).reshape([1] * grad.ndim))
+            here = sharding.local(grad)
+            here.div_(divisor.to(here.device).reshape([1] * here.ndim))
 
     def _with_penalty(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def objective() -> Any:
@@ -177,23 +178,31 @@ class PenaltyHandle:
             factor = -scale if group.get("maximize", False) else scale
             if grad_scale is not None:
                 factor = grad_scale * (factor.to(grad_scale.device) if isinstance(factor, Tensor) else factor)
-            alone = [p for p in chosen if not penalties[id(p)][1].is_joint]
+            others = {id(p) for p in chosen if penalties[id(p)][1].is_joint or sharding.is_sharded(p)}
+            alone = [p for p in chosen if id(p) not in others]
             sums = kernels.added_gradients([penalties[id(p)][1] for p in alone], alone, [p.grad for p in alone], factor)
-            together = self._added_together([p for p in chosen if penalties[id(p)][1].is_joint], factor)
+            together = self._added_together([p for p in chosen if id(p) in others], factor)
             for p, total in [*zip(alone, sums, strict=True), *together]:
                 self._data_grads.append((p, p.grad, total, total._version))
                 p.grad = total
 
     def _added_together(self, chosen: list[Tensor], factor: float | Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Parameters of rules whose penalty acts on all of them, and the sums of their gradients with its."""
+        """Parameters that are taken rule by rule, and the sums of their gradients with the penalty's.
+
+        They are those of penalties that act on all of a rule, and those that are spread over processes.
+        """
         known = {id(p): p for p in chosen}
         sums = []
         for penalty, some in by_rule(a for a in self.regularizer.assignments if id(a.parameter) in known):
             assert penalty is not None
             params = [known[id(a.parameter)] for a in some]
-            for p, pull in zip(params, penalty.grad_all([arithmetic(p) for p in params]), strict=True):
+            spread = sharding.any_sharded(params)
+            pulls = sharded.grad_all(penalty, params) if spread else penalty.grad_all([arithmetic(p) for p in params])
+            for p, pull in zip(params, pulls, strict=True):
                 scaled = pull * (factor.to(pull.device, pull.real.dtype) if isinstance(factor, Tensor) else factor)
-                sums.append((p, (arithmetic(p.grad) + scaled).to(p.grad.dtype)))  # type: ignore[arg-type,union-attr]
+                assert p.grad is not None
+                total = (arithmetic(sharding.beside(p.grad, p)) + scaled).to(p.grad.dtype)
+                sums.append((p, sharding.sharded_like(total, p)))
         return sums
 
     def _restore(self, *, only_unchanged: bool = False) -> None:

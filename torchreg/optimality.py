@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchreg import sharding
 from torchreg.assignments import Assignment, PenalizedModel, by_rule, check_current
-from torchreg.penalties import Penalty
+from torchreg.penalties import Penalty, sharded
 from torchreg.penalties.base import host_scalar
 
 
@@ -44,10 +45,14 @@ def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = Non
     assignments = [a for a in reg.assignments if a.parameter.requires_grad]
     grads = _gradients(reg.model, assignments, closure) if closure else [a.parameter.grad for a in assignments]
     known = {id(a): grad for a, grad in zip(assignments, grads, strict=True) if grad is not None and grad.numel()}
-    worst = []
+    worst, layouts = [], []
     for penalty, chosen in by_rule(a for a in assignments if id(a) in known):
-        for residual in _residuals(penalty, scale, [a.parameter for a in chosen], [known[id(a)] for a in chosen]):
-            worst.append(residual.max().to(torch.promote_types(residual.dtype, torch.float32)))
+        weights: list[Tensor] = [a.parameter for a in chosen]
+        layouts += list(map(sharding.layout, weights))
+        for residual in _residuals(penalty, scale, weights, [known[id(a)] for a in chosen]):
+            largest = residual.max() if residual.numel() else residual.new_zeros(())
+            worst.append(largest.to(torch.promote_types(residual.dtype, torch.float32)))
+    worst = sharding.largest(worst, layouts)
     if not worst:
         raise ValueError("No parameter has a gradient: call backward() on the data's loss first, or pass a closure.")
     return torch.stack([w.to(worst[0]) for w in worst]).max()
@@ -106,7 +111,10 @@ def _residuals(
 ) -> list[Tensor]:
     """The violations at all weights of one rule."""
     if penalty is None:
-        return [(grad if grad.layout == torch.strided else grad.to_dense()).abs() for grad in grads]
+        dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
+        return [sharding.beside(grad, w).abs() for w, grad in zip(weights, dense, strict=True)]
+    if sharding.any_sharded(weights):
+        return sharded.residual_all(penalty.scaled(scale), weights, grads)
     if penalty.is_joint:
         return penalty.scaled(scale).residual_all(weights, grads)
     residuals = []
@@ -125,10 +133,16 @@ def _strengths_max(reg: PenalizedModel, chosen: list[Assignment], closure: Calla
         float(strength)
         for penalty, some in by_rule(a for a in chosen if id(a) in known)
         if penalty is not None
-        for strength in penalty.strengths_max([known[id(a)] for a in some])
+        for strength in _of_rule(penalty, [a.parameter for a in some], [known[id(a)] for a in some])
     ]
     scale = float(reg.strength_scale)
     return [s / scale if scale else s * math.inf if s else 0.0 for s in scaled]
+
+
+def _of_rule(penalty: Penalty, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    if sharding.any_sharded(weights):
+        return sharded.strengths_max(penalty, weights, grads)
+    return penalty.strengths_max(grads)
 
 
 @contextmanager
@@ -137,7 +151,7 @@ def _zeroed(chosen: list[Assignment]) -> Iterator[None]:
     try:
         with torch.no_grad():
             for a in chosen:
-                a.parameter.masked_fill_(_reached(a.penalty, a.parameter), 0)
+                sharding.local(a.parameter).masked_fill_(_reached(a.penalty, a.parameter), 0)
         yield
     finally:
         with torch.no_grad():
@@ -149,13 +163,13 @@ def _reached(penalty: Penalty | None, p: Tensor) -> Tensor:
     """Where a large enough multiple of the penalty makes zeros: all but the zero entries of its leading strength."""
     leading = next(iter(penalty.strengths().values()), None) if penalty is not None else None
     if isinstance(leading, Tensor) and leading.ndim:
-        return leading.to(p.device) > 0
+        return sharding.beside(leading, p).to(p.device) > 0
     return torch.ones((), dtype=torch.bool, device=p.device)
 
 
 def _gradients(model: nn.Module, wanted: list[Assignment], closure: Callable[[], Tensor]) -> list[Tensor | None]:
     """The gradients of the closure's loss, whether or not it calls backward itself; the model is left as it was."""
-    parameters = list(model.parameters())
+    parameters, targets = list(model.parameters()), [a.parameter for a in wanted]
     saved_grads = [p.grad for p in parameters]
     saved_buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -169,13 +183,15 @@ def _gradients(model: nn.Module, wanted: list[Assignment], closure: Callable[[],
         with torch.enable_grad():
             loss = closure()
             loss = loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else loss
-        targets = [a.parameter for a in wanted]
         if any(p.grad is not None for p in parameters):
             return [p.grad for p in targets]
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError("Expected the closure to return the loss, a tensor of one element.")
         if not loss.requires_grad:
             return [None] * len(targets)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            loss.backward()  # gradients meet there, not in autograd.grad
+            return [p.grad for p in targets]
         return list(torch.autograd.grad(loss, targets, allow_unused=True))
     finally:
         for p, grad in zip(parameters, saved_grads, strict=True):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchreg import kernels, tables
+from torchreg import kernels, sharding, tables
 from torchreg.assignments import Assignment, by_rule, check_current, outdated
 from torchreg.hook import PenaltyHandle, check_gradients
-from torchreg.penalties import Penalty
+from torchreg.penalties import Penalty, sharded
 from torchreg.penalties.base import checked_strength, host_scalar
 from torchreg.rules import Rules, assign
 
@@ -131,9 +131,11 @@ class Regularizer(nn.Module):
             return self.strength_scale.new_zeros(())
         if torch.is_grad_enabled():
             check_gradients((name, penalty) for name, _, penalty in entries)
+        weights = [p for _, p, _ in entries]
+        if sharding.any_sharded(weights):
+            return self._sharded_value()
         if any(penalty.is_joint for _, _, penalty in entries):
             return self._joint_value()
-        weights = [p for _, p, _ in entries]
         penalties = [penalty for _, _, penalty in entries]
         scale = host_scalar(self.strength_scale)
         strengths = [s for penalty in {id(p): p for p in penalties}.values() for s in penalty.strengths().values()]
@@ -150,6 +152,12 @@ class Regularizer(nn.Module):
                 value = penalty.value_all([a.parameter for a in chosen])
                 total = total.to(torch.promote_types(total.dtype, value.dtype)) + value.to(total.device)
         return total * self.strength_scale
+
+    def _sharded_value(self) -> Tensor:
+        """The penalty where weights are spread over processes: a plain tensor, the same in all of them."""
+        chosen = [(penalty, some) for penalty, some in by_rule(a for a in self.assignments if a.trainable) if penalty]
+        rules = [(penalty, [a.parameter for a in some]) for penalty, some in chosen if penalty is not None]
+        return _ShardedTerm.apply(rules, self.strength_scale, *(p for _, weights in rules for p in weights))
 
     def attach(self, optimizer: Optimizer) -> PenaltyHandle:
         """Add the penalty's gradient inside ``optimizer.step()``, whatever the training loop does before.
@@ -233,6 +241,28 @@ class _PenaltyTerm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         return None, None, *kernels.gradients(ctx.penalties, ctx.saved_tensors, grad_output * ctx.scale)
+
+
+class _ShardedTerm(torch.autograd.Function):
+    """As `_PenaltyTerm`, for weights that are spread over processes: each makes the gradients of its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, rules: list[tuple[Penalty, list[Tensor]]], scale: Tensor, *weights: Tensor) -> Tensor:
+        ctx.rules, ctx.scale = rules, scale
+        ctx.save_for_backward(*weights)
+        value = sharded.value_all(rules)
+        return value * scale.to(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)  # raises if a weight has been changed
+        rules = [(penalty, [next(saved) for _ in weights]) for penalty, weights in ctx.rules]
+        grads = []
+        for penalty, weights in rules:
+            for p, pull in zip(weights, sharded.grad_all(penalty, weights), strict=True):
+                factor = grad_output.to(pull.device) * ctx.scale.to(pull.device)
+                grads.append(sharding.sharded_like((pull * factor.to(pull.real.dtype)).to(p.dtype), p))
+        return None, None, *grads
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Module | None]]]:

@@ -17,7 +17,7 @@ from torchreg.kernels.fused import FusedSteps
 from torchreg.kernels.penalties import added_gradients, gradients, total_value
 from torchreg.kernels.plan import COUNTS, Part
 from torchreg.kernels.problem import AdamStep, AdamTensors, SGDStep, SGDTensors, Update
-from torchreg.kernels.proximal import shrink
+from torchreg.kernels.proximal import shrink, shrink_sharded
 from torchreg.kernels.selection import Wish
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "proximal_step",
     "selection",
     "shrink",
+    "shrink_sharded",
     "total_value",
 ]
 

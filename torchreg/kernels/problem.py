@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torchreg import sharding
 from torchreg.kernels.fused_form import Strengths
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import Step, arithmetic, like
@@ -36,6 +37,25 @@ class Tensors:
             return [entries[i] for i in indices] if entries else []
 
         return type(self)(**{f.name: some(getattr(self, f.name)) for f in fields(self)})
+
+    def parts(self) -> Any:
+        """What is here of these tensors, sharing their memory, if they are spread over processes.
+
+        Each part has random numbers of its own when it is rounded.
+
+        Raises:
+            TypeError: if a buffer is not spread as its parameter is.
+        """
+        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, entries in list(found.items()):
+            if any(entries is buffers for buffers in self.buffers().values()):
+                for p, buffer in zip(self.params, entries, strict=False):
+                    _check_alike(p, buffer, name)
+                found[name] = [sharding.local(buffer) for buffer in entries]
+        found["params"] = [sharding.local(p) for p in self.params]
+        found["grads"] = [sharding.beside(g, p) for g, p in zip(self.grads, self.params, strict=True)]
+        found["seeds"] = [s + sharding.layout(p).seed() for p, s in zip(self.params, self.seeds, strict=False)]
+        return type(self)(**found)
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """The optimizer's buffers by their names in a fused step's table; each list is empty or full."""
@@ -227,6 +247,17 @@ class Update:
     tensors: type[Tensors]
     step: type[SGDStep] | type[AdamStep]
     eager: Callable[[Any, Any, bool | None], None]
+
+
+def _check_alike(p: Tensor, buffer: Tensor, name: str) -> None:
+    """Raise ``TypeError`` unless a buffer is spread over processes as its parameter is."""
+    if sharding.is_sharded(p) != sharding.is_sharded(buffer) or (
+        sharding.is_sharded(p) and sharding.local(p).shape != sharding.local(buffer).shape
+    ):
+        raise TypeError(
+            f"The state `{name}` of a parameter of shape {tuple(p.shape)} is not sharded as the parameter is: load it "
+            "by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+        )
 
 
 def adam_metric_step(prox_step: Number, exp_avg_sq: Tensor, step: Tensor, beta2: Number, eps: float) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels.rounding import store
-from torchreg.penalties import Penalty
+from torchreg.penalties import Penalty, sharded
 from torchreg.penalties.base import Step, arithmetic, paired
+from torchreg.penalties.sharded import Shrinking
 
 _OTHER_STEP = 0x5BD1E995
 """Tells the seeds of this rounding from those of the descent."""
@@ -37,6 +38,30 @@ def shrink(
     for i, (param, w) in enumerate(zip(params, computed, strict=True)):
         if w is not param:
             store(param, w, seeds[i] + _OTHER_STEP if seeds else None)
+
+
+def shrink_sharded(
+    rules: Sequence[tuple[Penalty, Sequence[Tensor], Sequence[Tensor], Sequence[Step], Sequence[int | Tensor]]],
+) -> None:
+    """As `shrink`, of weights that are spread over processes: all rules of a step together.
+
+    A rule is its penalty, its parameters, what is here of them, and the steps and seeds of that.
+    """
+    computed = [[arithmetic(part) for part in parts] for _, _, parts, _, _ in rules]
+    sharded.prox_all_(
+        [
+            Shrinking(penalty, params, values, [_of_metric(penalty, w, s) for w, s in zip(values, steps, strict=True)])
+            for (penalty, params, _, steps, _), values in zip(rules, computed, strict=True)
+        ]
+    )
+    for (_, _, parts, _, seeds), values in zip(rules, computed, strict=True):
+        for i, (part, w) in enumerate(zip(parts, values, strict=True)):
+            if w is not part:
+                store(part, w, seeds[i] + _OTHER_STEP if seeds else None)
+
+
+def _of_metric(penalty: Penalty, w: Tensor, step: Step) -> Step:
+    return _taken_anyway(penalty, w, step)[1] if w.ndim else step
 
 
 def _taken_anyway(penalty: Penalty, w: Tensor, step: Step) -> tuple[Tensor, Step]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from torchreg import sharding
 from torchreg.assignments import PenalizedModel
 from torchreg.penalties import tiles
+from torchreg.sharding import Layout
 
 NOT_APPLICABLE = -1
 """Stands for the rows and columns of a tensor that has none (fewer than two dimensions)."""
@@ -36,6 +38,58 @@ def counted(w: Tensor) -> Tensor:
         zeros = (w == 0).sum()
         rows = columns = torch.full_like(zeros, NOT_APPLICABLE)
     return torch.stack([part.double() for part in (zeros, rows, columns, *_norms(w))])
+
+
+@torch.no_grad()
+def counted_all(weights: Sequence[Tensor]) -> list[Tensor]:
+    """`counted` of each weight. What is spread over processes is counted by all of them, in one collective."""
+    layouts = list(map(sharding.layout, weights))
+    parts = [
+        _partial(w, where) if where.groups else counted(sharding.local(w))
+        for w, where in zip(weights, layouts, strict=True)
+    ]
+    return [
+        _completed(vector, where) if where.groups else vector
+        for vector, where in zip(sharding.summed(parts, layouts), layouts, strict=True)
+    ]
+
+
+def changed(before: Mapping[str, Tensor], weights: Sequence[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Which weights are zero now, here, and how many are newly zero and revived since ``before``, in all processes."""
+    now = {name: sharding.local(w.detach()) == 0 for name, w in weights}
+    device = next(iter(now.values())).device if now else torch.device("cpu")
+    counts, layouts = [torch.zeros(2, device=device)], [sharding.WHOLE]
+    for name, w in weights:
+        is_zero, was = now[name], before.get(name, now[name])
+        if was.shape != is_zero.shape or was.device != is_zero.device:
+            was = is_zero
+        counts.append(torch.stack([(is_zero & ~was).sum(), (was & ~is_zero).sum()]).to(device, torch.float32))
+        layouts.append(sharding.layout(w))
+    return now, torch.stack(sharding.summed(counts, layouts)).sum(0)
+
+
+def _partial(w: Tensor, where: Layout) -> Tensor:
+    """What is here of the vector that `_completed` takes: zeros, Σ|w|, Σ|w|², and which rows and columns are alive."""
+    part = sharding.local(w)
+    nonzero = part != 0
+    first, second = _norms(part) if part.numel() else (torch.zeros((), dtype=torch.float64, device=part.device),) * 2
+    vector = [torch.stack([(nonzero.numel() - nonzero.sum()).double(), first.double(), second.double().square()])]
+    for dim in range(2) if w.ndim >= 2 else ():
+        alive = nonzero.movedim(dim, 0).flatten(1).any(1).double()
+        rows = where.rows[dim]
+        whole = alive.new_zeros(w.shape[dim])
+        vector.append(whole.index_copy(0, rows.to(alive.device), alive) if rows is not None else alive)
+    return torch.cat(vector)
+
+
+def _completed(vector: Tensor, where: Layout) -> Tensor:
+    """The sum over all processes as `counted` gives it."""
+    zeros, first, second = vector[:3]
+    rows = columns = torch.full_like(zeros, NOT_APPLICABLE)
+    if len(where.shape) >= 2:
+        dead = vector[3:] == 0
+        rows, columns = dead[: where.shape[0]].sum().double(), dead[where.shape[0] :].sum().double()
+    return torch.stack([zeros, rows, columns, first, second.sqrt()])
 
 
 def _norms(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +159,8 @@ def _group_pairs(index: int, group: Mapping[str, Any]) -> list[tuple[str, Tensor
 
 def _identity(tensor: Tensor) -> Any:
     """Equal for two names of the same memory (a tied weight in a state dict is two tensors on one storage)."""
-    if tensor.layout != torch.strided or tensor.numel() == 0:
+    here = sharding.local(tensor)
+    if here.layout != torch.strided or here.numel() == 0:
         return id(tensor)
+    tensor = here
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchreg import tables
+from torchreg import sharding, tables
 from torchreg.assignments import Assignment, by_rule
 from torchreg.groups import Groups, Shared, as_groups
 from torchreg.monitor.counting import named_weights
 from torchreg.monitor.transfer import fetch
+from torchreg.spanning import spanning
 
 
 @dataclass(frozen=True)
@@ -147,19 +148,30 @@ def has_groups(source: Any) -> bool:
 
 
 def _living(groups: Groups, weights: list[tuple[str, Tensor]]) -> list[tuple[str, str, Tensor]]:
+    spread = _spread(groups, weights) if sharding.any_sharded(w for _, w in weights) else None
     if isinstance(groups, Shared):
-        cut = groups.of_all([w.shape for _, w in weights], weights[0][1].device)
-        together = cut.gathered([_nonzero(w) for _, w in weights])
-        alive = (cut.maxima(together) > 0)[: groups.total]
+        if spread is None:
+            cut = groups.of_all([w.shape for _, w in weights], weights[0][1].device)
+            spread = [cut.maxima(cut.gathered([_nonzero(w) for _, w in weights])) > 0]
+        alive = spread[0][: groups.total]
         if not groups.parts:
             return [(", ".join(groups.names[:3]) + (", …" if len(groups.names) > 3 else ""), "shared", alive)]
         pieces = alive.split([count for _, count in groups.parts])
         return [(name, "shared", piece) for (name, _), piece in zip(groups.parts, pieces, strict=True)]
+    if spread is not None:
+        return [(name, str(groups), alive) for (name, _), alive in zip(weights, spread, strict=True)]
     cuts = [groups.of(w.shape) for _, w in weights]
     return [
         (name, str(groups), cut.maxima(cut.arranged(_nonzero(w))) > 0 if w.numel() else w.new_zeros(0).bool())
         for (name, w), cut in zip(weights, cuts, strict=True)
     ]
+
+
+def _spread(groups: Groups, weights: list[tuple[str, Tensor]]) -> list[Tensor]:
+    """Which groups of each weight are alive in any process."""
+    cut = spanning(groups, [w for _, w in weights])
+    alive = cut.maxima(cut.gathered([_nonzero(sharding.local(w)).float() for _, w in weights])) > 0
+    return [alive[piece.start : piece.start + piece.count] for piece in cut.pieces]
 
 
 def _nonzero(w: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torchreg import tables
-from torchreg.monitor.counting import NOT_APPLICABLE, counted, named_weights
+from torchreg.monitor.counting import NOT_APPLICABLE, counted_all, named_weights
 from torchreg.monitor.transfer import fetch
 
 
@@ -108,7 +108,8 @@ def sparsity(source: Any) -> SparsityReport:
     """Count the exact zeros of a model, or of anything that holds weights.
 
     Tied weights count once. Integer tensors (counters, quantised weights) are left out. The counting happens on the
-    weights' own device, with one transfer to the host at the end.
+    weights' own device, with one transfer to the host at the end. What is sharded over processes is counted by all of
+    them together: all must call this.
 
     Args:
         source: a module (all its parameters), a `Regularizer` (the penalised ones), an optimizer, a mapping from
@@ -132,7 +133,7 @@ def sparsity(source: Any) -> SparsityReport:
     total                  6       4     66.7 %         1/2            1/3         7         5
     """
     weights = list(named_weights(source))
-    counts = fetch([counted(w) for _, w in weights])
+    counts = fetch(counted_all([w for _, w in weights]))
     return SparsityReport(
         tuple(entry(name, tuple(w.shape), c.tolist()) for (name, w), c in zip(weights, counts, strict=True))
     )

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchreg.monitor.counting import counted, named_weights
+from torchreg.monitor.counting import changed, counted_all, named_weights
 from torchreg.monitor.living import has_groups, living_groups
 from torchreg.monitor.log import STRENGTH_SCALE, Log
 from torchreg.monitor.pictures import Barcode, Histogram, enlarged, mask_image, nonzero_histogram
 from torchreg.monitor.report import SparsityReport
 from torchreg.monitor.transfer import Transfer
+from torchreg.sharding import whole
 
 LAYOUT = {
     "torchreg": {
@@ -62,7 +63,8 @@ class SparsityMonitor:
         source: a `Regularizer` (its penalised parameters are watched), a module (all its parameters), or anything
             else that `torchreg.sparsity` takes, such as ``model.named_parameters()``.
         writer: any object with ``add_scalar(tag, value, step)``, such as torch's or tensorboardX's SummaryWriter. The
-            monitor flushes it when it is closed; closing it is its owner's task.
+            monitor flushes it when it is closed; closing it is its owner's task. None writes nothing: of several
+            processes all have a monitor, since sharded weights are counted by all, and one of them the writer.
         every: steps between logs.
         optimizer: the optimizer whose proximal steps' thresholds are logged, and whose counts are used.
         histograms: also log histograms of the non-zero weights (``weights/<parameter>``).
@@ -124,7 +126,7 @@ class SparsityMonitor:
         weights = list(named_weights(self.source))
         if not weights:
             raise TypeError("There is no floating point parameter to watch.")
-        self._were_zero = {name: w.detach() == 0 for name, w in weights}
+        self._were_zero, _ = changed({}, weights)
         self._barcodes: dict[str, Barcode] = {}
         if custom_scalars:
             self._write("add_custom_scalars", LAYOUT)
@@ -172,10 +174,11 @@ class SparsityMonitor:
         positions = self._ask_counts(log)
         log.positions = {name: positions[id(w)] for name, w in weights if id(w) in positions}
         log.shapes = {name: tuple(w.shape) for name, w in weights}
-        for name, w in weights:
-            if not quick or name not in log.positions:
-                log.ask("weight", name, counted(w))
-        changes = self._changes([(name, w) for name, w in weights if name not in log.positions])
+        passed = [(name, w) for name, w in weights if not quick or name not in log.positions]
+        for (name, _), counts in zip(passed, counted_all([w for _, w in passed]), strict=True):
+            log.ask("weight", name, counts)
+        uncounted = [(name, w) for name, w in weights if name not in log.positions]
+        self._were_zero, changes = changed(self._were_zero, uncounted)
         log.ask("changes", "", changes)
         for tag, value in self._scalars(log if quick else None):
             log.ask("scalar", tag, _tensor(value))
@@ -183,6 +186,8 @@ class SparsityMonitor:
             for name, _, alive in living_groups(self.source):
                 log.ask("groups", name, alive)
         for name, w in weights:
+            if self.histograms or self.images:
+                w = whole(w)
             if self.histograms:
                 log.ask("histogram", name, nonzero_histogram(w))
             if self.images and w.ndim >= 2 and w.numel():
@@ -264,7 +269,7 @@ class SparsityMonitor:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Take over the number of steps; zeros are compared with the weights of now."""
         self.steps = self._logged_at = int(state["steps"])
-        self._were_zero = {name: w.detach() == 0 for name, w in named_weights(self.source)}
+        self._were_zero, _ = changed({}, list(named_weights(self.source)))
 
     def _ask_counts(self, log: Log) -> dict[int, int]:
         """Ask for what the optimizer's last step counted, if it did; the row of each parameter's id."""
@@ -274,22 +279,6 @@ class SparsityMonitor:
         for i, rows in enumerate(counts.take_counts()):
             log.ask("counts", str(i), rows)
         return {id(p): row for row, p in enumerate(counts.counted())}
-
-    def _changes(self, weights: list[tuple[str, Tensor]]) -> Tensor:
-        """(newly zero, revived) since the last log, as a tensor on the first weight's device."""
-        before, self._were_zero = self._were_zero, {name: w == 0 for name, w in weights}
-        new, revived = [], []
-        for name, now in self._were_zero.items():
-            was = before.get(name, now)
-            if was.shape != now.shape or was.device != now.device:
-                was = now
-            new.append((now & ~was).sum())
-            revived.append((was & ~now).sum())
-        device = new[0].device if new else torch.device("cpu")
-        totals = [
-            sum((count.to(device) for count in counts), torch.zeros((), device=device)) for counts in (new, revived)
-        ]
-        return torch.stack(totals)
 
     def _scalars(self, log: Log | None) -> Iterator[tuple[str, Tensor | float]]:
         if self._loss is not None:
@@ -334,7 +323,7 @@ class SparsityMonitor:
             self._write("add_histogram_raw", tag, *moments, h.limits, h.counts, log.step)
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self._stopped & {method, EVERYTHING}:
+        if self.writer is None or self._stopped & {method, EVERYTHING}:
             return
         try:
             getattr(self.writer, method)(*args, **kwargs)
@@ -370,8 +359,12 @@ def _check_writer(writer: Any, *, histograms: bool, images: bool, custom_scalars
         "add_image": images,
         "add_custom_scalars": custom_scalars,
     }
-    missing = [method for method, wanted in needed.items() if wanted and not callable(getattr(writer, method, None))]
-    if missing:
+    missing = [
+        method
+        for method, wanted in needed.items()
+        if wanted and writer is not None and not callable(getattr(writer, method, None))
+    ]
+    if missing and writer is not None:
         raise TypeError(
             f"Expected a writer with {', '.join(missing)}(), such as SummaryWriter, got {type(writer).__name__}."
         )

@@ -19,6 +19,8 @@ from torchreg.optim.preview import previewed
 from torchreg.penalties import L1
 from torchreg.penalties.base import HALF, Step
 from torchreg.penalties.separable import is_shrinkage
+from torchreg.penalties.sharded import divided, spans
+from torchreg.sharding import any_sharded, local
 
 _UNSHRUNK = L1(0.0)
 """Takes the place of a penalty while the descent is computed alone: rounding and arithmetic stay those of a penalty."""
@@ -44,6 +46,9 @@ class ProxPoint:
 
 
 Hook = Callable[[Optimizer, list[ProxPoint]], None]
+Shrunk = tuple[dict[str, Any], Any, list[Tensor]]
+"""A group with some of its tensors, of which only the proximal operator is left to do, and whose they are."""
+
 Sampler = Callable[[dict[str, Any], list[Tensor]], list[Tensor | None] | None]
 """From a group and those of its parameters that have gradients to flat indices in each, or None for the group."""
 
@@ -118,35 +123,51 @@ class ProximalOptimizer(PenalizedOptimizer):
         for step in steps:
             if step.penalty is not None:
                 step.check()
-        apart = {i for i, step in enumerate(steps) if step.penalty is not None and self._is_apart(step.penalty)}
+        whole = {i for i, step in enumerate(steps) if step.penalty is not None and self._is_apart(step.penalty)}
+        origins = [tensors.params for tensors in gradients]
+        spread = {i for i, params in enumerate(origins) if any_sharded(params)}
         counts = any(map(_rounds, self.param_groups))
         offset, parts = 0, []
         for i, (group, tensors, step) in enumerate(zip(self.param_groups, gradients, steps, strict=True)):
             if grad_scale is not None and not on_device:
                 tensors.grads = [g / grad_scale.to(g.device) for g in tensors.grads]
             self._add_state(tensors, group, offset, counts)
-            parts.append((tensors, dataclasses.replace(step, penalty=_UNSHRUNK) if i in apart else step))
+            parts.append((tensors.parts() if i in spread else tensors, step))
             offset += len(group["params"])
         if self._preview_hooks:
-            parts = self._previewed(parts, grad_scale if on_device else None)
-        wishes = [(group["fused"], group["foreach"]) for group in self.param_groups]
-        kernels.proximal_step(self._update, parts, wishes, self._fused, *((grad_scale, found_inf) if on_device else ()))
+            parts = self._previewed(parts, origins, grad_scale if on_device else None)
+        taken: list[tuple[Any, Any]] = []
+        wishes: list[kernels.selection.Wish] = []
+        apart: list[Shrunk] = []
+        for i, (group, (tensors, step)) in enumerate(zip(self.param_groups, parts, strict=True)):
+            for own, indices in divided(step.penalty, origins[i]) if i in spread - whole else [(step.penalty, None)]:
+                some = tensors if indices is None else tensors.take(indices)
+                if step.penalty is not None and (own is None or i in whole):
+                    apart.append((group, some, origins[i] if indices is None else [origins[i][k] for k in indices]))
+                    own = _UNSHRUNK
+                taken.append((some, step if own is step.penalty else dataclasses.replace(step, penalty=own)))
+                wishes.append((group["fused"], group["foreach"]))
+        kernels.proximal_step(self._update, taken, wishes, self._fused, *((grad_scale, found_inf) if on_device else ()))
         if apart:
             self._fused.clear()  # it counted before the weights were shrunk
-            self._proximal_operators([(self.param_groups[i], parts[i][0]) for i in sorted(apart)])
+            self._proximal_operators(apart)
+        for i in spread:
+            torch.autograd.graph.increment_version(origins[i])
 
     @torch.no_grad()
-    def _previewed(self, parts: list[tuple[Any, Any]], grad_scale: Tensor | None) -> list[tuple[Any, Any]]:
+    def _previewed(
+        self, parts: list[tuple[Any, Any]], origins: list[list[Tensor]], grad_scale: Tensor | None
+    ) -> list[tuple[Any, Any]]:
         """The parts of a step with the strengths that preview hooks have chosen."""
         for hook, sampler in list(self._preview_hooks.values()):
             points = []
-            for group, (tensors, step) in zip(self.param_groups, parts, strict=True):
-                positions = sampler(group, tensors.params) if step.penalty is not None and tensors.params else None
+            for group, (tensors, step), params in zip(self.param_groups, parts, origins, strict=True):
+                positions = sampler(group, params) if step.penalty is not None and params else None
                 if positions is None:
                     continue
                 unit = self._hyperparameters({**group, "strength_scale": 1.0})
                 moved, steps = previewed(self._update, tensors, unit, positions, grad_scale)
-                points.append(ProxPoint(group, moved, steps, tensors.params, positions))
+                points.append(ProxPoint(group, moved, steps, params, positions))
             hook(self, points)
         return [
             (tensors, step if step.penalty is None else self._chosen(group, step))
@@ -165,24 +186,30 @@ class ProximalOptimizer(PenalizedOptimizer):
         """Whether the host has to know if the step is taken."""
         return False
 
-    def _proximal_operators(self, parts: list[tuple[dict[str, Any], Any]]) -> None:
+    def _proximal_operators(self, parts: list[Shrunk]) -> None:
         units = [
-            self._hyperparameters({**group, "strength_scale": 1.0}).prox_steps(tensors) for group, tensors in parts
+            self._hyperparameters({**group, "strength_scale": 1.0}).prox_steps(tensors) for group, tensors, _ in parts
         ]
         points = [
-            ProxPoint(group, tensors.params, steps)
-            for (group, tensors), steps in zip(parts, units, strict=True)
+            ProxPoint(group, tensors.params, steps, params)
+            for (group, tensors, params), steps in zip(parts, units, strict=True)
             if tensors.params
         ]
         with torch.no_grad():
             for hook in list(self._prox_pre_hooks.values()):
                 hook(self, points)
-        for group, tensors in parts:
+        spread = []
+        for group, tensors, params in parts:
             step = self._hyperparameters(group)
             assert step.penalty is not None
             seeds = tensors.seeds if step.stochastic_rounding else []
-            penalty = acting(step.penalty, group, tensors.params)
-            kernels.shrink(tensors.params, penalty, step.prox_steps(tensors), seeds, step.differentiable)
+            penalty, steps = acting(step.penalty, group, params), step.prox_steps(tensors)
+            if any_sharded(params):
+                spread.append((penalty, params, tensors.params, steps, seeds))
+            else:
+                kernels.shrink(tensors.params, penalty, steps, seeds, step.differentiable)
+        if spread:
+            kernels.shrink_sharded(spread)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -192,7 +219,7 @@ class ProximalOptimizer(PenalizedOptimizer):
         return all(
             g["fused"]
             and all(p.device.type == "cuda" for p in g["params"])
-            and not (g["penalty"] is not None and self._is_apart(g["penalty"]))
+            and not (g["penalty"] is not None and (self._is_apart(g["penalty"]) or spans(g["penalty"], g["params"])))
             for g in self.param_groups
         )
 
@@ -209,7 +236,7 @@ class ProximalOptimizer(PenalizedOptimizer):
         if not group["fused"]:
             return
         metric = group.get("metric") == "adam"
-        for p in group["params"]:
+        for p in map(local, group["params"]):
             reason = kernels.selection.obstacle(p, group["penalty"], metric) or kernels.selection.unavailable(p.device)
             if reason is not None:
                 raise RuntimeError(f"`fused=True` can't be had for a parameter of shape {tuple(p.shape)}: {reason}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
+from torchreg import sharding
 from torchreg.kernels.problem import adam_metric_step
 from torchreg.optim.gain import sgd_momentum_gain
 from torchreg.optim.groups import check_takes_steps, checked_scale, param_name
@@ -76,13 +77,23 @@ class ProxSteps:
         return scaled_step({"capturable": False, **group}, gain)
 
     def unit(self, group: dict[str, Any], p: Tensor) -> Step:
-        """τ of a parameter without the strength scale, from the state that the optimizer's step has left."""
+        """τ of a parameter without the strength scale, from the state that the optimizer's step has left.
+
+        Of one that is spread over processes it is that of what is here.
+        """
         if self.metric is not None and not isinstance(self.metric, str):
-            return checked_step(self.metric(self._optimizer, group, p), p)
+            return checked_step(sharding.beside(self.metric(self._optimizer, group, p), p), sharding.local(p))
         step = self.base({**group, "strength_scale": 1.0})
         if self.is_uniform or self.known is None or self.known.metric is None:
             return step
-        return self.known.metric(self._optimizer.state[p], group, step)
+        return self.known.metric(self._state(p), group, step)
+
+    def _state(self, p: Tensor) -> _State:
+        """The optimizer's state of a parameter, or of what is here of it."""
+        state = self._optimizer.state[p]
+        if not sharding.is_sharded(p):
+            return state
+        return {key: sharding.local(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
     def pieces(self, group: dict[str, Any], p: Tensor) -> Iterator[tuple[Tensor, Step]]:
         """The parameter with its `unit`, or both in tiles, whose temporaries stay in the cache.

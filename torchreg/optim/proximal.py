@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchreg import kernels
+from torchreg import kernels, sharding
 from torchreg.hook import is_attached
 from torchreg.optim.base import ProxPoint, rounding_seed, usable_penalty
 from torchreg.optim.groups import (
@@ -307,15 +307,28 @@ class Proximal(Optimizer):
         if self._prox_pre_hooks:
             groups = {i: [p for _, p in entries] for i, entries in moved.items()}
             points = [
-                ProxPoint(self.param_groups[i], params, [self._steps.unit(self.param_groups[i], p) for p in params])
+                ProxPoint(
+                    self.param_groups[i],
+                    [sharding.local(p) for p in params],
+                    [self._steps.unit(self.param_groups[i], p) for p in params],
+                    params,
+                )
                 for i, params in groups.items()
             ]
             for hook in list(self._prox_pre_hooks.values()):
                 hook(self, points)
+        spread = []
         for i, entries in moved.items():
             group = self.param_groups[i]
             penalty = usable_penalty(group)
             rounds = self._stochastic_rounding and any(p.dtype in HALF for _, p in entries)
+            if sharding.any_sharded(p for _, p in entries):
+                params = [p for _, p in entries]
+                steps = [self._scaled(self._steps.unit(group, p), group, p) for p in params]
+                seeds = [self._seed(p, index) + sharding.layout(p).seed() for index, p in entries] if rounds else []
+                parts = [sharding.local(p) for p in params]
+                spread.append((acting(penalty, group, params), params, parts, steps, seeds))
+                continue
             if is_shrinkage(penalty) and penalty.shrinkage(1.0) is not None and not rounds:
                 for w, unit in (piece for _, p in entries for piece in self._steps.pieces(group, p)):
                     kernels.shrink([w], penalty, [self._scaled(unit, group, w)])
@@ -325,6 +338,9 @@ class Proximal(Optimizer):
                 steps = [self._scaled(self._steps.unit(group, p), group, p) for p in params]
                 seeds = [self._seed(p, index) for index, p in part] if rounds else []
                 kernels.shrink(params, acting(penalty, group, params), steps, seeds)
+        if spread:
+            kernels.shrink_sharded(spread)
+            torch.autograd.graph.increment_version([p for _, params, _, _, _ in spread for p in params])
 
     def _scaled(self, unit: Step, group: Mapping[str, Any], p: Tensor) -> Step:
         """The step times the strength scale, or zero where the device has skipped the descent."""

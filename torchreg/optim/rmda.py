@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from torchreg import sharding
 from torchreg.optim.base import usable_penalty
 from torchreg.optim.groups import acting, checked_penalty, checked_scale
 from torchreg.optim.hyperparameters import product, scalar
 from torchreg.optim.penalized import PenalizedOptimizer
-from torchreg.penalties import Penalty
+from torchreg.penalties import Penalty, sharded
 from torchreg.penalties.base import HALF
+from torchreg.penalties.sharded import Shrinking
 
 
 class RMDA(PenalizedOptimizer):
@@ -151,8 +153,14 @@ class RMDA(PenalizedOptimizer):
         for group, penalty, params in chosen:
             if penalty is not None:
                 self._check_steps(group, penalty, params)
-        for group, penalty, params in chosen:
-            self._step_group(group, penalty, params)
+        moved = [self._moved(group, params) for group, _, params in chosen]
+        self._shrink([(group, penalty, new) for (group, penalty, _), new in zip(chosen, moved, strict=True)])
+        for (group, _, _), new in zip(chosen, moved, strict=True):
+            if group["momentum"] == 0:
+                for p, w in new.items():
+                    p.copy_(w)
+            elif new:
+                torch._foreach_lerp_(list(new), list(new.values()), 1 - group["momentum"])
         return loss
 
     def _check_steps(self, group: Mapping[str, Any], penalty: Penalty, params: list[Tensor]) -> None:
@@ -162,7 +170,8 @@ class RMDA(PenalizedOptimizer):
             root = math.sqrt(t + 1)
             penalty.check_step(product((alpha + product(lr, root)) / root, scale))
 
-    def _step_group(self, group: dict[str, Any], penalty: Penalty | None, params: list[Tensor]) -> None:
+    def _moved(self, group: dict[str, Any], params: list[Tensor]) -> dict[Tensor, Tensor]:
+        """W₀ − V/√t of a group's parameters, once its state has taken in the gradients; none where lr = 0."""
         for p in params:
             if not self.state[p]:
                 self.state[p].update(
@@ -173,23 +182,30 @@ class RMDA(PenalizedOptimizer):
                 )
         lr = scalar(group["lr"])
         if not isinstance(lr, Tensor) and lr == 0:
-            return
+            return {}
         together: dict[int, list[Tensor]] = {}  # parameters that were unfrozen later count from there
         for p in params:
             self.state[p]["step"] += 1
             together.setdefault(self.state[p]["step"], []).append(p)
-        moved: dict[Tensor, Tensor] = {}
+        averages: dict[Tensor, Tensor] = {}
         for t, some in together.items():
-            moved.update(zip(some, self._averaged(some, lr, t, group["maximize"]), strict=True))
-        if penalty is not None:
+            averages.update(zip(some, self._averaged(some, lr, t, group["maximize"]), strict=True))
+        return averages
+
+    def _shrink(self, moved: list[tuple[dict[str, Any], Penalty | None, dict[Tensor, Tensor]]]) -> None:
+        """Overwrite what has been moved by the proximal operators."""
+        spread = []
+        for group, penalty, new in moved:
+            if penalty is None or not new:
+                continue
             scale = scalar(group["strength_scale"])
-            steps = [product(self.state[p]["alpha"] / math.sqrt(self.state[p]["step"]), scale) for p in params]
-            acting(penalty, group, params).prox_all_([moved[p] for p in params], steps)
-        if group["momentum"] == 0:
-            for p in params:
-                p.copy_(moved[p])
-        elif params:
-            torch._foreach_lerp_(params, [moved[p] for p in params], 1 - group["momentum"])
+            steps = [product(self.state[p]["alpha"] / math.sqrt(self.state[p]["step"]), scale) for p in new]
+            acts = acting(penalty, group, list(new))
+            if sharding.any_sharded(new):
+                spread.append(Shrinking(acts, list(new), list(map(sharding.local, new.values())), steps))
+            else:
+                acts.prox_all_(list(new.values()), steps)
+        sharded.prox_all_(spread)
 
     def _averaged(self, params: list[Tensor], lr: float | Tensor, t: int, maximize: bool) -> list[Tensor]:
         """W₀ − V/√t after V and α have taken in the gradients of step t."""

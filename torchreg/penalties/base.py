@@ -148,6 +148,9 @@ class Penalty(ABC):
     takes_steps: ClassVar[bool] = True
     """Whether `prox` takes one step per coordinate, as adaptive optimizers need it."""
 
+    is_separable: ClassVar[bool] = False
+    """Whether each weight is penalised by itself, so that any part of a tensor can be treated without the rest."""
+
     has_gradient: ClassVar[bool] = True
     """Whether `grad` says where to go: if not, only a proximal optimizer can apply the penalty."""
 

@@ -36,6 +36,8 @@ class _Concave(Penalty):
     compute with them. The step is c times the one of the proximal operator.
     """
 
+    is_separable = True
+
     strength: Strength
 
     @abstractmethod

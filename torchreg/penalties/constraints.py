@@ -56,6 +56,8 @@ class _Constraint(Penalty):
 class _Interval(_Constraint):
     """``low ≤ w ≤ high`` for every weight. The bounds are rounded to the weight's type."""
 
+    is_separable = True
+
     @abstractmethod
     def bounds(self) -> tuple[float, float]:
         """(low, high), perhaps infinite."""

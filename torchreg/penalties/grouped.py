@@ -34,7 +34,7 @@ _WEIGHTS = ("sqrt", "none")
 
 
 @dataclasses.dataclass
-class _Ready:
+class Ready:
     """A weight in computing precision, cut into groups, with strengths ready to compute with it.
 
     ``group`` is λ times the weights of the groups: a number, or a vector with one for each.
@@ -176,11 +176,15 @@ class Grouped(TakesGroups, abstract=True):
         if not self.is_joint and len(weights) != 1:
             return [self.zeroing_scales([w], [step])[0] for w, step in paired(weights, steps)]
         r = self._over_steps(weights, steps)
+        return r.parted(self.zeroing(r))
+
+    def zeroing(self, r: Ready) -> Tensor:
+        """As `zeroing_scales`, given the weights divided by their steps."""
         factors = r.cut.spread(self._factors(r))
         y = r.cut.arranged(r.x).abs()
         if not _is_zero(r.l1):
             factors = torch.minimum(factors, y / r.l1)
-        return r.parted(torch.where(factors.isinf(), math.nan, factors).expand(y.shape).reshape(r.x.shape))
+        return torch.where(factors.isinf(), math.nan, factors).expand(y.shape).reshape(r.x.shape)
 
     @torch.no_grad()
     def group_scales(self, weights: Sequence[Tensor], steps: Sequence[Step]) -> Tensor:
@@ -189,6 +193,10 @@ class Grouped(TakesGroups, abstract=True):
             each = [self.group_scales([w], [step]) for w, step in paired(weights, steps)]
             return torch.cat([scales.to(each[0]) for scales in each])
         r = self._over_steps(weights, steps)
+        return self.group_zeroing(r)
+
+    def group_zeroing(self, r: Ready) -> Tensor:
+        """As `group_scales`, given the weights divided by their steps."""
         factors = self._factors(r)[: r.cut.count - r.cut.loose]
         return torch.where(factors.isinf(), math.nan, factors)
 
@@ -212,13 +220,12 @@ class Grouped(TakesGroups, abstract=True):
         sizes = [cut.sizes for cut in cuts]
         return max(int(size.max()) if isinstance(size, Tensor) and size.numel() else int(size) for size in sizes)
 
-    def _over_steps(self, weights: Sequence[Tensor], steps: Sequence[Step]) -> _Ready:
+    def _over_steps(self, weights: Sequence[Tensor], steps: Sequence[Step]) -> Ready:
         """w/τ, which is zero where w is."""
         r = self._prepared(weights)
-        pairs = [(arithmetic(w), step) for w, step in paired(weights, steps)]
-        return dataclasses.replace(r, x=r.gathered([torch.where(w == 0, 0, w / like(step, w)) for w, step in pairs]))
+        return dataclasses.replace(r, x=r.gathered([over_step(w, step) for w, step in paired(weights, steps)]))
 
-    def _value(self, r: _Ready) -> Tensor:
+    def _value(self, r: Ready) -> Tensor:
         total = torch.zeros((), dtype=r.x.real.dtype, device=r.x.device)
         if not _is_zero(r.group):
             total = total + (r.group * r.cut.norms(r.cut.arranged(r.x))).sum()
@@ -228,7 +235,7 @@ class Grouped(TakesGroups, abstract=True):
             total = total + r.l2 * _sum_of_squares(r.x)
         return total
 
-    def _grad(self, r: _Ready) -> Tensor:
+    def _grad(self, r: Ready) -> Tensor:
         y = r.cut.arranged(r.x)
         norms = r.cut.norms(y)
         pull = torch.where(norms == 0, 0, r.group / torch.where(norms == 0, 1, norms))
@@ -237,8 +244,8 @@ class Grouped(TakesGroups, abstract=True):
         result = _times(y, r.cut.spread(pull)).reshape(r.x.shape)
         return result if _is_zero(r.l1) else result + torch.sgn(r.x) * r.l1
 
-    def _residual(self, r: _Ready, g: Tensor) -> Tensor:
-        if r.x.numel() == 0:
+    def _residual(self, r: Ready, g: Tensor) -> Tensor:
+        if r.x.numel() == 0 and not r.cut.spans:
             return torch.zeros_like(g.real)
         left = soft_threshold(g, r.l1)
         y = r.cut.arranged(left)
@@ -249,7 +256,7 @@ class Grouped(TakesGroups, abstract=True):
         is_zero = r.cut.spread(r.cut.norms(r.cut.arranged(r.x)) == 0)
         return torch.where(is_zero, of_zero_groups, r.cut.arranged(others)).reshape(r.x.shape).abs()
 
-    def _factors(self, r: _Ready) -> Tensor:
+    def _factors(self, r: Ready) -> Tensor:
         """For every group the factor of l1 and λ from which on 0 is optimal where the gradient is r.x."""
         m = r.cut.arranged(r.x.abs())
         group, norms = torch.as_tensor(r.group, dtype=m.dtype, device=m.device), r.cut.norms(m)
@@ -292,7 +299,7 @@ class Grouped(TakesGroups, abstract=True):
         assert isinstance(self.groups, Groups)
         return self.groups
 
-    def _prepared(self, weights: Sequence[Tensor]) -> _Ready:
+    def _prepared(self, weights: Sequence[Tensor]) -> Ready:
         """The weight, or those that share the groups, one after the other."""
         tensors = [arithmetic(checked_weight(w)) for w in weights]
         self._check_strengths()
@@ -303,8 +310,13 @@ class Grouped(TakesGroups, abstract=True):
         else:
             (x,) = tensors
             cut = self._groups.of(x.shape)
+        return self.ready(x, cut)
+
+    def ready(self, x: Tensor, cut: Cut) -> Ready:
+        """A weight in computing precision that is cut in this way, with the strengths that it needs."""
+        self._check_strengths()
         l1, group, l2 = (like(part, x) for part in self.parts())
-        return _Ready(x, cut, l1, group * self._weights(cut, x), l2)
+        return Ready(x, cut, l1, group * self._weights(cut, x), l2)
 
     def _weights(self, cut: Cut, x: Tensor) -> float | Tensor:
         """c for all groups, or for each."""
@@ -314,7 +326,7 @@ class Grouped(TakesGroups, abstract=True):
             return cut.sizes.to(x.device, x.real.dtype).sqrt()
         return math.sqrt(cut.sizes)
 
-    def _shrunk(self, r: _Ready, step: Step) -> Tensor:
+    def _shrunk(self, r: Ready, step: Step) -> Tensor:
         """The proximal operator: soft-threshold, divide, then shrink the groups, in this order for any diagonal metric.
 
         What soft-thresholding takes away stays a subgradient of τ·l1·|·| when a weight is shrunk further, or to zero.
@@ -335,9 +347,9 @@ class Grouped(TakesGroups, abstract=True):
                 ratio = secular.ratios(r.cut, y.abs() / divisor, tau * group / divisor) / divisor
         return _times(y, ratio).reshape(r.x.shape)
 
-    def _ratios(self, r: _Ready, y: Tensor, step: Step) -> Tensor:
+    def _ratios(self, r: Ready, y: Tensor, step: Step) -> Tensor:
         """What each group of the soft-thresholded weight is multiplied by, with one step for all."""
-        left = _left(r.cut.norms(y), r.group * step)
+        left = remaining(r.cut.norms(y), r.group * step)
         return left if _is_zero(r.l2) else left / (1 + 2 * r.l2 * step)
 
 
@@ -349,7 +361,13 @@ def is_group_shrinkage(penalty: Penalty | None) -> TypeGuard[Grouped]:
     return all(getattr(own, name) is getattr(Grouped, name) for name in ("prox", "prox_", "_weights", "_shrunk"))
 
 
-def _left(norms: Tensor, threshold: float | Tensor) -> Tensor:
+def over_step(w: Tensor, step: Step) -> Tensor:
+    """w/step in computing precision, and 0 where w is, also where the step is."""
+    w = arithmetic(w)
+    return torch.where(w == 0, 0, w / like(step, w))
+
+
+def remaining(norms: Tensor, threshold: float | Tensor) -> Tensor:
     """1 − threshold/norm, and 0 where that is not positive; 1 where the norm is infinite, or both are 0."""
     threshold = representable(threshold, norms)
     zero = (norms <= threshold) & (threshold > 0)

@@ -57,10 +57,11 @@ def ratios(cut: Cut, m: Tensor, a: Tensor) -> Tensor:
 
 def _roots(cut: Cut, u: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The root of every group with ‖u‖ = 1, in (0, 1], and whether there is one (else any positive number)."""
-    alive = cut.sums(torch.where(u == 0, 0, u / b).square_()) > 1
+    excess, spent = cut.sums_of(torch.where(u == 0, 0, u / b).square_(), u * u * b)
+    alive = excess > 1
     eps = torch.finfo(u.dtype).eps
     least, near = eps**2, eps**0.5 / 8  # a step from so near is right to the last digits
-    low = torch.maximum(1 - cut.sums(u * u * b), cut.maxima((u - b).clamp_min_(0)))  # by Jensen; by one weight alone
+    low = torch.maximum(1 - spent, cut.maxima((u - b).clamp_min_(0)))  # by Jensen; by one weight alone
     low = torch.where(alive, low.clamp(least, 1), 1)
     high, root = torch.ones_like(low), low
     settled = ~alive
@@ -76,7 +77,7 @@ def _roots(cut: Cut, u: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         is_near = (s - 1).abs() <= near
         root = torch.where(settled, root, torch.where(is_near, newton, bisected))
         settled = settled | is_near
-        if eager and u.device.type == "cpu" and bool(settled.all()):
+        if eager and cut.agreed and u.device.type == "cpu" and bool(settled.all()):
             break
     return root, alive
 
@@ -89,6 +90,5 @@ def _newton(
     shifted = torch.add(b, cut.spread(root), out=first)
     terms = torch.div(u, shifted, out=second)
     terms = torch.mul(terms, terms, out=second)
-    s = cut.sums(terms)
-    slope = cut.sums(torch.div(terms, shifted, out=second))
+    s, slope = cut.sums_of(terms, torch.div(terms, shifted, out=first))
     return s, root + s * (s.sqrt() - 1) / torch.where(slope > 0, slope, 1)

@@ -44,6 +44,8 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
 class _Shrinkage(Penalty):
     """``R(w) = l1·Σ|w| + l2·Σ|w|²``: all mathematics of L1, L2 and Elastic Net, which only name their strengths."""
 
+    is_separable = True
+
     def parts(self) -> tuple[Strength, Strength]:
         """The strengths (l1, l2)."""
         raise NotImplementedError(f"{self.type_name} must define parts()")
