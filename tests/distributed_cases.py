@@ -102,9 +102,9 @@ def batch(step, dtype=torch.float64, width=None):
     return x, torch.randn(8, width, generator=generator, dtype=dtype) if width else None
 
 
-def train(model, optimizer, steps, *, share=slice(None), dtype=torch.float64):
+def train(model, optimizer, steps, *, start=0, share=slice(None), dtype=torch.float64):
     """Steps of least squares on the share of each batch that is this process's."""
-    for step in range(steps):
+    for step in range(start, start + steps):
         x, _ = batch(step, dtype)
         out = model(x[share])
         width = out.shape[1]

@@ -17,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import torchreg
 from torchreg import L1, L2, ElasticNet, ProxAdamW, ProxSGD, Regularizer, SparsityMonitor
+from torchreg.monitor import counting, transfer
 from torchreg.monitor import tensorboard as monitor_module
-from torchreg.monitor import transfer
 
 
 class Recorder:
@@ -168,7 +168,7 @@ def test_a_fused_step_s_own_counts_are_logged(monkeypatch):
     plain, fused, each = Recorder(), Recorder(), Recorder()
     report = trained(False, plain).report
     trained(False, each, monitor=lambda m: setattr(m, "every", 1))
-    monkeypatch.setattr(monitor_module, "counted", lambda w: pytest.fail("a pass over the weights"))
+    monkeypatch.setattr(counting, "counted", lambda w: pytest.fail("a pass over the weights"))
     monkeypatch.setattr(Regularizer, "forward", lambda self: pytest.fail("a pass over the weights"))
     counted = trained(True, fused)
     assert set(fused.scalars) == set(plain.scalars)

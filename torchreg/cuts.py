@@ -33,6 +33,14 @@ class Cut(ABC):
     agreed: bool = True
     """Whether all who take part in a sum take part in the same ones, so that they may stop an iteration together."""
 
+    def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensors that are cut together as one that can be `arranged`."""
+        return tensors[0]
+
+    def parted(self, x: Tensor) -> list[Tensor]:
+        """The other way round."""
+        return [x]
+
     @abstractmethod
     def arranged(self, x: Tensor) -> Tensor:
         """A view of ``x``, of the weight's shape, in which the groups are told apart by dimensions."""
@@ -178,11 +186,9 @@ class Runs(Cut):
         self.sizes = torch.cat([sizes[:count], sizes.new_zeros(1)]) if self.loose else sizes
 
     def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The vector of these tensors."""
         return torch.cat([t.movedim(dim, 0).reshape(-1) for t, dim in zip(tensors, self.dims, strict=True)])
 
     def parted(self, x: Tensor) -> list[Tensor]:
-        """The tensors that a vector is made of."""
         pieces = x.split([slices * length for slices, length in self.grids])
         return [
             piece.view(shape).movedim(0, dim) for piece, shape, dim in zip(pieces, self.moved, self.dims, strict=True)

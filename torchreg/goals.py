@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchreg.penalties import sharded
 from torchreg.penalties.grouped import Grouped
 from torchreg.scales import Scales
 from torchreg.zeroing import makes_zeros
@@ -35,7 +36,7 @@ class Goal:
     def zero_groups(self) -> Tensor:
         """The fraction of the groups of weights that are all zero: a float64 0-d tensor."""
         alive = [
-            group["penalty"].restricted(chosen).alive_groups([group["params"][i].detach() for i in chosen])
+            sharded.alive_groups(group["penalty"].restricted(chosen), [group["params"][i].detach() for i in chosen])
             for group in self.scales.groups()
             if (chosen := [i for i, p in enumerate(group["params"]) if p.requires_grad and p.numel()])
         ]

@@ -216,6 +216,34 @@ def largest(tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor
     return [torch.where(unknown > 0, math.nan, value) for value, unknown in reduced]
 
 
+@torch.no_grad()
+def gathered(vectors: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor | None:
+    """All vectors and those of the other parts in one, in some order, the same for all; None if there are none.
+
+    Waits for a device where there are other parts, since they may be of other sizes.
+    """
+    by_groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for vector, where in zip(vectors, layouts, strict=True):
+        by_groups.setdefault(where.groups, []).append(vector)
+    results = []
+    for groups, some in by_groups.items():
+        together = torch.cat(some)
+        for group in groups:
+            together = _from_all(together, group)
+        results.append(together)
+    return torch.cat(results) if results else None
+
+
+def _from_all(vector: Tensor, group: Any) -> Tensor:
+    count = torch.distributed.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=vector.device) for _ in range(count)]
+    torch.distributed.all_gather(sizes, torch.full_like(sizes[0], len(vector)), group)
+    most = max(map(int, sizes))
+    padded = [vector.new_empty(most) for _ in range(count)]
+    torch.distributed.all_gather(padded, torch.cat([vector, vector.new_zeros(most - len(vector))]), group)
+    return torch.cat([part[: int(size)] for part, size in zip(padded, sizes, strict=True)])
+
+
 def _reduced(tensors: Sequence[Tensor], layouts: Sequence[Layout], op: str) -> list[Tensor]:
     results = list(tensors)
     groups: dict[Any, list[int]] = {}

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torchreg import sharding
 from torchreg.penalties import L1
 from torchreg.rules import WEIGHTS, assign
 
@@ -93,8 +94,8 @@ def freeze_zeros(source: Any, select: Any = None) -> FrozenSupport:
             raise ValueError(f"Parameter {name!r} holds no values: it is on the meta device or not initialised yet.")
         if p.layout != torch.strided:
             raise TypeError(f"Parameter {name!r} has the layout {p.layout}: only dense ones can be frozen.")
-    zeros = {name: p.detach() == 0 for name, p in parameters.items()}
-    _warn(zeros)
+    zeros = {name: sharding.local(p.detach()) == 0 for name, p in parameters.items()}
+    _warn(zeros, parameters)
     handle = FrozenSupport(parameters)
     handle._freeze(zeros)
     return handle
@@ -132,8 +133,8 @@ class FrozenSupport:
         self._owner = object()
 
     def support(self) -> dict[str, Tensor]:
-        """By parameter, True where a weight is free. What has been thawed is not in it."""
-        return {name: ~entry.zeros for name, (_, entry) in self._held().items()}
+        """By parameter, True where a weight is free, in its layout. What has been thawed is not in it."""
+        return {name: sharding.sharded_like(~entry.zeros, p) for name, (p, entry) in self._held().items()}
 
     def remove(self) -> None:
         """Thaw. Calling it twice does no harm."""
@@ -151,10 +152,13 @@ class FrozenSupport:
         return f"FrozenSupport({', '.join(shapes) or 'thawed'})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The frozen zeros of each parameter, a bit each, and its shape; loads with ``weights_only=True``."""
+        """The frozen zeros of each parameter, a bit each, and its shape; loads with ``weights_only=True``.
+
+        They are those of whole tensors: if these are sharded over processes, all of them must call this.
+        """
         held = self._held()
         return {
-            "zeros": {name: _packed(entry.zeros) for name, (_, entry) in held.items()},
+            "zeros": {name: _packed(_whole(entry.zeros, p)) for name, (p, entry) in held.items()},
             "shapes": {name: list(p.shape) for name, (p, _) in held.items()},
         }
 
@@ -179,8 +183,8 @@ class FrozenSupport:
                     f"its parameter has {tuple(p.shape)}."
                 )
         for name, (p, entry) in held.items():
-            entry.zeros = _unpacked(saved[name].to(p.device), p.shape)
-            p.masked_fill_(entry.zeros, 0)
+            entry.zeros = sharding.layout(p).part(_unpacked(saved[name].to(p.device), p.shape))
+            sharding.local(p).masked_fill_(entry.zeros, 0)
 
     def _held(self) -> dict[str, tuple[Tensor, _Frozen]]:
         """What is still alive and frozen by this handle."""
@@ -197,7 +201,7 @@ class FrozenSupport:
         for name, ref in self._parameters.items():
             p = ref()
             assert p is not None  # the caller holds it
-            p.masked_fill_(zeros[name], 0)  # a −0.0 becomes +0.0
+            sharding.local(p).masked_fill_(zeros[name], 0)  # a −0.0 becomes +0.0
             hook = p.register_post_accumulate_grad_hook(_mask_gradient) if p.requires_grad else None
             _frozen[p] = _Frozen(zeros[name], self._owner, hook)
             if p.grad is not None:
@@ -219,6 +223,7 @@ def _mask_gradient(p: Tensor) -> None:
     """After a backward pass has added to ``p.grad``."""
     entry, grad = _frozen.get(p), p.grad
     if entry is not None and grad is not None and grad.layout == torch.strided and not grad.requires_grad:
+        grad = sharding.local(grad)
         grad.masked_fill_(_zeros(entry, grad), 0)
 
 
@@ -230,9 +235,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             entry = _frozen.get(p)
             if entry is None:
                 continue
-            p.masked_fill_(_zeros(entry, p), 0)
+            part = sharding.local(p)
+            part.masked_fill_(_zeros(entry, part), 0)
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.shape == p.shape and key not in _NOT_PER_WEIGHT:
+                    value = sharding.local(value)
                     value.masked_fill_(_zeros(entry, value), 0)
 
 
@@ -293,15 +300,21 @@ def _is_regularizer(source: Any) -> bool:
     return hasattr(source, "assignments") and hasattr(source, "strength_scale")
 
 
-def _warn(zeros: Mapping[str, Tensor]) -> None:
+def _warn(zeros: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     """Say so where freezing can't be meant. Reads the device once."""
-    filled = [(name, z) for name, z in zeros.items() if z.numel()]
-    counts = torch.stack([z.sum().to(filled[0][1].device) for _, z in filled]).tolist() if filled else []
-    dead = [name for (name, z), count in zip(filled, counts, strict=True) if count == z.numel()]
+    filled = [(name, p) for name, p in parameters.items() if p.numel()]
+    sums = sharding.summed([zeros[name].sum() for name, _ in filled], [sharding.layout(p) for _, p in filled])
+    counts = torch.stack([count.to(sums[0].device) for count in sums]).tolist() if filled else []
+    dead = [name for (name, p), count in zip(filled, counts, strict=True) if count == p.numel()]
     if dead:
         warnings.warn(f"Freezing {', '.join(map(repr, dead))}: all zeros, nothing in it can learn.", stacklevel=3)
     if not sum(counts):
         warnings.warn("No weight is exactly zero: there is nothing to freeze.", stacklevel=3)
+
+
+def _whole(zeros: Tensor, p: Tensor) -> Tensor:
+    """The zeros of a whole parameter from those of what is here of it."""
+    return sharding.whole(sharding.sharded_like(zeros.to(torch.uint8), p)).bool() if sharding.is_sharded(p) else zeros
 
 
 def _packed(zeros: Tensor) -> Tensor:

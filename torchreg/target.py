@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from torchreg import sharding
 from torchreg.goals import Goal, checked_fraction, goals, place
 from torchreg.monitor.transfer import Transfer, fetch
 from torchreg.optim.groups import acting, checked_scale
+from torchreg.penalties import sharded
 from torchreg.penalties.base import Step, host_scalar
 from torchreg.penalties.grouped import Grouped
 from torchreg.sampling import spread, taken
@@ -47,7 +49,8 @@ class TargetSparsity:
     tune and nothing to wind up. ProxSGD and ProxAdamW work that out for a sample before the step.
 
     No step waits for a device: the quantile is taken there, of an evenly spread sample where there are more than 2¹⁶
-    weights. If half a point is missing at ``until`` or later, a warning says so, on CUDA with a delay.
+    weights. (Of weights that are sharded over processes all gather the samples of all, and come to the same threshold.)
+    If half a point is missing at ``until`` or later, a warning says so, on CUDA with a delay.
 
     Call ``step()`` after each ``optimizer.step()``; nothing advances inside it. The strengths of the penalties only
     matter relative to each other, except of MCP and SCAD, whose steps have a limit: without Adam's metric they zero
@@ -239,7 +242,7 @@ class TargetSparsity:
 
     def _ratios(self, points: list[Any]) -> Tensor | None:
         """The scale from which on each weight, or each of a sample, is zero; NaN if at none, None if nothing moves."""
-        parts: list[Tensor] = []
+        parts: list[tuple[Tensor, sharding.Layout]] = []
         for point in points:
             origins = point.origins or point.params
             if isinstance(point.group["penalty"], Grouped):
@@ -252,25 +255,39 @@ class TargetSparsity:
                     continue
                 at = positions[k]
                 weight = point.params[k] if point.positions else taken(point.params[k], at)
+                shape = sharding.local(origins[k]).shape
                 if isinstance(step, Tensor) and step.ndim and not point.positions:
-                    step = taken(step.expand(origins[k].shape), at)
-                parts.append(zeroing_scale(point.group["penalty"], weight, step, origins[k].shape, at))
-        return torch.cat([part.to(parts[0]) for part in parts]) if parts else None
+                    step = taken(step.expand(shape), at)
+                penalty = sharded.of_part(point.group["penalty"], origins[k])
+                assert penalty is not None  # of single weights
+                where = sharding.layout(origins[k])
+                parts.append((zeroing_scale(penalty, weight, step, shape, at), where))
+        return sharding.gathered([part.to(parts[0][0]) for part, _ in parts], [where for _, where in parts])
 
-    def _of_groups(self, point: Any, origins: list[Tensor]) -> list[Tensor]:
+    def _of_groups(self, point: Any, origins: list[Tensor]) -> list[tuple[Tensor, sharding.Layout]]:
         """As `_ratios`, where weights become zero group by group."""
         penalty = acting(point.group["penalty"], point.group, origins)
         moving = [i for i, step in enumerate(point.steps) if isinstance(step, Tensor) or step != 0]
         if penalty.is_joint and len(moving) != len(point.steps):
             return []
-        weights = [point.params[i].view(origins[i].shape) for i in moving if origins[i].numel()]
-        steps = [_shaped(point.steps[i], origins[i].shape) for i in moving if origins[i].numel()]
+        chosen = [i for i in moving if origins[i].numel()]
+        params = [origins[i] for i in chosen]
+        shapes = [sharding.local(p).shape for p in params]
+        weights = [point.params[i].view(shape) for i, shape in zip(chosen, shapes, strict=True)]
+        steps = [_shaped(point.steps[i], shape) for i, shape in zip(chosen, shapes, strict=True)]
         assert isinstance(penalty, Grouped)
+        spread = sharding.any_sharded(params)
         if self._goal_of(point.group).of == "groups":
-            return [penalty.group_scales(weights, steps)] if weights else []
-        scales = penalty.zeroing_scales(weights, steps)
-        at = self._sample(point.group, [origins[i] for i in moving if origins[i].numel()]) or []
-        return [taken(scale.contiguous(), index) for scale, index in zip(scales, at, strict=True)]
+            if spread:
+                return [(sharded.group_scales(penalty, params, weights, steps), sharding.WHOLE)]
+            return [(penalty.group_scales(weights, steps), sharding.WHOLE)] if weights else []
+        if spread:
+            scales = sharded.zeroing_scales(penalty, params, weights, steps)
+        else:
+            scales = penalty.zeroing_scales(weights, steps)
+        at = self._sample(point.group, params) or []
+        found = [taken(scale.contiguous(), index) for scale, index in zip(scales, at, strict=True)]
+        return list(zip(found, map(sharding.layout, params), strict=True))
 
     def _zeros(self, goal: Goal, sample: bool = True) -> Tensor:
         """The fraction of zeros among a goal's weights, or among a sample of them: a float64 0-d tensor."""
@@ -278,13 +295,16 @@ class TargetSparsity:
             return goal.zero_groups()
         weights = [p.detach() for p in goal.weights()]
         total = sum(w.numel() for w in weights)
-        here = [w if not sample else taken(w, self._index(w, total)) for w in weights]
-        counts = [(w == 0).sum().to(weights[0].device) for w in here]
-        return torch.stack(counts).sum().double() / max(1, sum(w.numel() for w in here))
+        parts = [sharding.local(w) if not sample else taken(sharding.local(w), self._index(w, total)) for w in weights]
+        counts = [torch.stack([(w == 0).sum(), torch.full_like((w == 0).sum(), w.numel())]) for w in parts]
+        whole = sharding.summed(counts, list(map(sharding.layout, goal.weights())))
+        zeros, there = torch.stack([count.to(whole[0].device) for count in whole]).sum(0).double()
+        return zeros / there.clamp_min(1)
 
     def _index(self, w: Tensor, total: int) -> Tensor | None:
-        """Positions of the share of a tensor in a sample of SAMPLE from ``total`` weights, or None for all."""
-        if total <= SAMPLE:
+        """Positions in what is here of a tensor of its share in a sample of SAMPLE from ``total``, or None for all."""
+        w = sharding.local(w)
+        if total <= SAMPLE or w.numel() == 0:
             return None
         size, count = w.numel(), -(-w.numel() * SAMPLE // total)
         key = (size, count, w.device)

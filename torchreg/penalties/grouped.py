@@ -10,7 +10,7 @@ from typing import TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
-from torchreg.cuts import Cut, Runs
+from torchreg.cuts import Cut
 from torchreg.groups import Groups, Shared, as_groups
 from torchreg.penalties import secular
 from torchreg.penalties.base import (
@@ -48,11 +48,11 @@ class Ready:
 
     def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors such as those that ``x`` is made of as one."""
-        return self.cut.gathered(tensors) if isinstance(self.cut, Runs) else tensors[0]
+        return self.cut.gathered(tensors)
 
     def parted(self, x: Tensor) -> list[Tensor]:
         """The other way round."""
-        return self.cut.parted(x) if isinstance(self.cut, Runs) else [x]
+        return self.cut.parted(x)
 
 
 class Grouped(TakesGroups, abstract=True):

@@ -21,7 +21,7 @@ from torchreg import sharding
 from torchreg.groups import Blocks, Groups, Heads, Labels, Slices
 from torchreg.penalties import secular
 from torchreg.penalties.base import Penalty, Step, arithmetic, checked_step
-from torchreg.penalties.grouped import Grouped, remaining, over_step
+from torchreg.penalties.grouped import Grouped, over_step, remaining
 from torchreg.penalties.n_of_m import NM
 from torchreg.penalties.separable import L1, _is_zero, soft_threshold
 from torchreg.spanning import Spanning, joined, spanning
@@ -196,8 +196,23 @@ def zeroing_scales(penalty: Grouped, weights: Sequence[Tensor], parts: Any, step
         r = penalty.ready(*_ready(penalty, [weights[i] for i in crossing], [parts[i] for i in crossing]))
         assert isinstance(r.cut, Spanning)
         r = dataclasses.replace(r, x=r.cut.gathered([over_step(parts[i], steps[i]) for i in crossing]))
-        found.update(zip(crossing, r.cut.parted(penalty.zeroing(r)), strict=True))
+        found.update(zip(crossing, r.parted(penalty.zeroing(r)), strict=True))
     return [found[i] for i in range(len(weights))]
+
+
+def group_scales(penalty: Grouped, weights: Sequence[Tensor], parts: Any, steps: Sequence[Step]) -> Tensor:
+    """`Grouped.group_scales` of whole weights, in all processes, from their parts."""
+    r = penalty.ready(*_ready(penalty, weights, parts))
+    scaled = [over_step(part, step) for part, step in zip(parts, steps, strict=True)]
+    return penalty.group_zeroing(dataclasses.replace(r, x=r.gathered(scaled)))
+
+
+def alive_groups(penalty: Grouped, weights: Sequence[Tensor]) -> Tensor:
+    """`Grouped.alive_groups` of whole weights, in all processes."""
+    if not sharding.any_sharded(weights):
+        return penalty.alive_groups(weights)
+    x, cut = _ready(penalty, weights, map(sharding.local, weights))
+    return (cut.maxima((x != 0).to(x.real.dtype)) > 0)[: cut.count - cut.loose]
 
 
 def _of_part(penalty: Penalty, p: Tensor) -> Penalty | None:
