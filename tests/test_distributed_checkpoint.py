@@ -83,7 +83,7 @@ def test_two_processes_save_and_four_and_one_go_on(tmp_path, optimizer, flat):
 
 def _warmed_up(optimizer):
     """`get_optimizer_state_dict` takes a step with zero gradients and lr = 0 to create a state that there is not."""
-    model, reg, opt = _prepared(optimizer, 0)
+    model, _, opt = _prepared(optimizer, 0)
     schedule = torchreg.TargetSparsity(opt, {"l1.weight": 0.5}, until=4)
     before, scale = _weights(model), schedule.state_dict()
     _states(model, opt, False)
