@@ -100,7 +100,10 @@ def test_a_module_is_short_and_named_after_a_concept(path):
     "module",
     [
         "torchreg",
-        *(f"torchreg.{part}" for part in ("export", "groups", "linear", "penalties", "rules", "optim", "schedules")),
+        *(
+            f"torchreg.{part}"
+            for part in ("coupling", "export", "groups", "linear", "penalties", "rules", "optim", "schedules")
+        ),
     ],
 )
 def test_every_public_name_is_documented(module):

@@ -24,6 +24,19 @@ class CompactAttention(nn.Module):
     Args:
         attention: the layer with its tensors cut already; one that has lost heads before may lose more.
         kept: which of its heads they hold.
+
+    >>> import torch
+    >>> from torchreg.export import compact
+    >>> layer = torch.nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
+    >>> layer.self_attn.out_proj.weight.data[:, 2:4] = 0  # nothing reads the second head
+    >>> compact(layer, torch.randn(2, 5, 8), seconds=0).model.self_attn
+    CompactAttention(
+      8, heads=3 of 4, head_dim=2
+      (out_proj): NonDynamicallyQuantizableLinear(in_features=6, out_features=8, bias=True)
+    )
+
+    Reference:
+        P. Michel, O. Levy, G. Neubig (NeurIPS, 2019), Are Sixteen Heads Really Better than One?
     """
 
     def __init__(self, attention: Any, kept: Sequence[int]) -> None:

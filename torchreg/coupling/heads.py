@@ -23,6 +23,21 @@ class Attention:
         out: the linear layer that mixes the heads.
         num_heads: the attribute that says how many heads there are; `torchreg.export.compact` sets it. The module's
             forward must take the size of a head from elsewhere (or leave it to ``view(…, num_heads, -1)``).
+
+    >>> import torch, torchreg
+    >>> from torchreg.coupling import Attention
+    >>> class SelfAttention(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.qkv, self.proj, self.num_heads = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8), 4
+    ...     def forward(self, x):
+    ...         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+    ...         y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    ...         return self.proj(y.transpose(1, 2).flatten(2))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), SelfAttention())
+    >>> found = torchreg.coupled_groups(model, torch.randn(2, 5, 3), heads={"1": Attention("qkv", "proj")})
+    >>> found["1"].count, found["1"].users[0].labels
+    (4, tensor([0, 0, 1, 1, 2, 2, 3, 3]))
     """
 
     qkv: str | Sequence[str]

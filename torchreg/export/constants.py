@@ -17,32 +17,26 @@ from torchreg.coupling.values import Coupling, Member
 
 @dataclass
 class _Reader:
-    """A linear layer or convolution that reads channels, and the range of values that each of its inputs took."""
+    """A linear layer or convolution, and the range of values that each of its inputs took."""
 
-    name: str
     module: Any
-    member: Member
     low: Tensor | None = None
     high: Tensor | None = None
 
-    @property
-    def dim(self) -> int:
-        """The dimension of the channels in its input, from the end."""
-        return -1 if isinstance(self.module, nn.Linear) else -len(self.module.kernel_size) - 1
-
     def see(self, x: Tensor) -> None:
         """Widen the ranges to the values of an input."""
-        flat = x.detach().movedim(self.dim, 0).flatten(1)
+        dim = -1 if isinstance(self.module, nn.Linear) else -len(self.module.kernel_size) - 1
+        flat = x.detach().movedim(dim, 0).flatten(1)
         low, high = flat.amin(1), flat.amax(1)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
-    def holds(self) -> Tensor:
-        """Which of its inputs it can do without: constants that a bias can stand for, and zeros."""
-        assert self.low is not None
-        assert self.high is not None
+    def holds(self, asked: Tensor) -> Tensor:
+        """Which inputs it can do without: zeros, and constants that a bias can stand for; none if it was not called."""
+        if self.low is None or self.high is None:
+            return torch.zeros_like(asked)
         constant = (self.high - self.low).abs() <= 1e-12 * self.high.abs()
-        return constant & (self.high == 0) if _zero_padded(self.module) else constant
+        return (constant & (self.high == 0) if _zero_padded(self.module) else constant).cpu()
 
 
 @dataclass
@@ -73,26 +67,33 @@ def fold_constants(model: nn.Module, couplings: Sequence[Coupling], inputs: Sequ
         inputs: on which to see what is constant.
     """
     result = Folded(model, list(couplings))
+    seen: dict[str, _Reader] | None = None
     for coupling in couplings:
         tensors = dict(result.model.named_parameters())
         weights = [member for member in coupling.makers if tensors[member.name].ndim > 1]
         candidates = coupling.zero_channels(tensors, weights) & ~coupling.zero_channels(tensors, coupling.users)
-        if not bool(candidates.any()) or _readers(result.model, coupling) is None:
+        readers = _readers(result.model, coupling)
+        if not bool(candidates.any()) or not readers:
             continue
-        seen = _seen(result.model, coupling, inputs)
-        for reader in seen or ():
-            alike = reader.holds().cpu()
-            labels = reader.member.labels
-            candidates[labels[(labels >= 0) & ~alike]] = False
-        if seen and bool(candidates.any()):
-            if result.model is model:
-                result.model = copy.deepcopy(model)
-            for reader in seen:
-                layer: Any = result.model.get_submodule(reader.name)
-                had_bias = layer.bias is not None
-                result.rounded |= _fold(layer, reader, candidates)
-                if layer.bias is not None and not had_bias:
-                    result.couplings = [_with_bias(c, reader.name) for c in result.couplings]
+        zeros = coupling.zero_channels(tensors, coupling.makers) & coupling.vanishes
+        if bool((candidates & ~zeros).any()):
+            if seen is None:  # once is enough: what layers read stays the same
+                seen = _seen(model, couplings, inputs)
+            for member, name in readers:
+                alike = seen[name].holds(member.labels >= 0)
+                candidates[member.labels[(member.labels >= 0) & ~alike]] = False
+        candidates |= zeros
+        if not bool(candidates.any()):
+            continue
+        if result.model is model:
+            result.model = copy.deepcopy(model)
+        for member, name in readers:
+            layer: Any = result.model.get_submodule(name)
+            had_bias = layer.bias is not None
+            result.rounded |= _fold(layer, member.slices(candidates & ~zeros), seen[name].high if seen else None)
+            layer.weight.detach().index_fill_(1, member.slices(candidates).to(layer.weight.device), 0)
+            if layer.bias is not None and not had_bias:
+                result.couplings = [_with_bias(c, name) for c in result.couplings]
     return result
 
 
@@ -103,8 +104,8 @@ def _with_bias(coupling: Coupling, layer: str) -> Coupling:
     return dataclasses.replace(coupling, makers=coupling.makers + biases) if biases else coupling
 
 
-def _readers(model: nn.Module, coupling: Coupling) -> list[_Reader] | None:
-    """The layers that read the channels of a coupling; None if others than plain ones do."""
+def _readers(model: nn.Module, coupling: Coupling) -> list[tuple[Member, str]]:
+    """The layers that read the channels of a coupling, by name; none if others than plain ones do."""
     names = dict(model.named_modules())
     holders: dict[int, list[str]] = {}
     for name, owner in names.items():
@@ -114,22 +115,22 @@ def _readers(model: nn.Module, coupling: Coupling) -> list[_Reader] | None:
     readers = []
     for member in coupling.users:
         holding = holders.get(id(parameters[member.name]), [])
-        if len(holding) != 1 or member.name.rpartition(".")[2] != "weight":
-            return None
+        if len(holding) != 1 or member.name.rpartition(".")[2] != "weight" or member.dim != 1:
+            return []
         module: Any = names[holding[0]]
-        plain = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and getattr(module, "groups", 1) == 1
-        if not plain or member.dim != 1:
-            return None
-        readers.append(_Reader(holding[0], module, member))
+        if type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) or getattr(module, "groups", 1) > 1:
+            return []
+        readers.append((member, holding[0]))
     return readers
 
 
-def _seen(model: nn.Module, coupling: Coupling, inputs: Sequence[Example]) -> list[_Reader] | None:
-    """The layers that read a coupling's channels, with what they read; None if one does so unseen."""
+def _seen(model: nn.Module, couplings: Sequence[Coupling], inputs: Sequence[Example]) -> dict[str, _Reader]:
+    """What the layers read that read channels, in float64 where the model can be run so."""
+    names = {name for coupling in couplings for _, name in _readers(model, coupling)}
     for precision in (torch.float64, None):
         twin = copy.deepcopy(model).eval()
-        readers = _readers(twin, coupling) or []
-        for reader in readers:
+        readers = {name: _Reader(twin.get_submodule(name)) for name in names}
+        for reader in readers.values():
             reader.module.register_forward_pre_hook(lambda _, args, reader=reader: reader.see(args[0]))
         try:
             _run(twin, inputs, precision)
@@ -137,8 +138,8 @@ def _seen(model: nn.Module, coupling: Coupling, inputs: Sequence[Example]) -> li
             if precision is None:
                 raise
             continue
-        return None if any(reader.low is None for reader in readers) else readers
-    return None
+        break
+    return readers
 
 
 def _run(model: nn.Module, inputs: Iterable[Example], precision: torch.dtype | None) -> None:
@@ -152,15 +153,15 @@ def _run(model: nn.Module, inputs: Iterable[Example], precision: torch.dtype | N
 
 
 @torch.no_grad()
-def _fold(module: Any, reader: _Reader, channels: Tensor) -> bool:
-    """Move what a layer makes of constants into its bias; whether there was anything but zeros."""
-    assert reader.high is not None
-    index = reader.member.slices(channels).to(module.weight.device)
-    columns, values = module.weight.index_select(1, index).double(), reader.high[index].double()
-    module.weight.index_fill_(1, index, 0)
-    if not bool((values != 0).any()):
+def _fold(module: Any, index: Tensor, values: Tensor | None) -> bool:
+    """Add what a layer makes of constants to its bias; whether there was anything but zeros."""
+    if values is None or not len(index):
         return False
-    added = (columns.flatten(2).sum(2) if columns.ndim > 2 else columns) @ values
+    index = index.to(module.weight.device)
+    columns, constants = module.weight.index_select(1, index).double(), values[index].double()
+    if not bool((constants != 0).any()):
+        return False
+    added = (columns.flatten(2).sum(2) if columns.ndim > 2 else columns) @ constants
     if module.bias is None:
         module.bias = nn.Parameter(torch.zeros_like(added, dtype=module.weight.dtype), module.weight.requires_grad)
     module.bias.copy_(module.bias.double() + added)
