@@ -33,7 +33,7 @@ INLINE void NAME(block)(
         const T moved = old * h.keep - h.lr * (first * inverse);
         const T step = metric ? h.prox_step * inverse : h.prox_step;
         T threshold = arrays && l1 ? step * l1[i] : metric ? h.threshold * inverse : h.threshold;
-        threshold = threshold > largest ? largest : threshold;
+        threshold = largest < threshold ? largest : threshold;
         T value = NAME(thresholded)(moved, threshold);
         if (arrays && l2)
             value = value / (1 + 2 * step * l2[i]) + 0;
@@ -43,7 +43,7 @@ INLINE void NAME(block)(
         zeros += value == 0;
         fresh += (value == 0) & (old != 0);
         revived += (value != 0) & (old == 0);
-        sum += value < 0 ? -value : value;
+        sum += NAME(modulus)(value);
         squares += value * value;
     }
     NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);

@@ -36,7 +36,7 @@ INLINE void NAME(block)(
         zeros += value == 0;
         fresh += (value == 0) & (old != 0);
         revived += (value != 0) & (old == 0);
-        sum += value < 0 ? -value : value;
+        sum += NAME(modulus)(value);
         squares += value * value;
     }
     NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);

@@ -1,9 +1,8 @@
 /* What proximal steps share: the table that they work from, soft-thresholding, and counting on the way.
 
    They must agree with reference.py and adam.py, which are the specification. Compiled without -ffast-math: NaN stays
-   NaN, inf stays inf, and what is shrunk away is +0.0, because it is x - x. The names of columns (COLUMN_w, HYPER_lr,
-   COUNT_zeros, ...) are put before this text by native.py, and a kernel after it; all of it includes itself, once for
-   each type T. */
+   NaN, inf stays inf, and what is shrunk away is +0.0. The names of columns (COLUMN_w, HYPER_lr, COUNT_zeros, ...) are
+   put before this text by native.py, and a kernel after it; all of it includes itself, once for each type T. */
 
 #ifndef T
 
@@ -64,11 +63,22 @@ INLINE T NAME(square_root)(T x)
     return sizeof(T) == 4 ? (T)__builtin_sqrtf((float)x) : (T)__builtin_sqrt(x);
 }
 
+INLINE T NAME(modulus)(T x)
+{
+    return sizeof(T) == 4 ? (T)__builtin_fabsf((float)x) : (T)__builtin_fabs(x);
+}
+
+INLINE T NAME(with_sign)(T modulus, T x)
+{
+    return sizeof(T) == 4 ? (T)__builtin_copysignf((float)modulus, (float)x) : (T)__builtin_copysign(modulus, x);
+}
+
+/* Soft-thresholding, as a maximum that keeps NaN: processors have one for `0 > rest ? 0 : rest`. */
 INLINE T NAME(thresholded)(T x, T threshold)
 {
-    T clamped = x > threshold ? threshold : x;
-    clamped = clamped < -threshold ? -threshold : clamped;
-    return x - clamped;
+    T rest = NAME(modulus)(x) - threshold;
+    rest = 0 > rest ? 0 : rest;
+    return NAME(with_sign)(rest, x) + 0; /* + 0: no -0.0 */
 }
 
 /* The sums of a block whose squares leave the range of T, which a sum in T would lose. */
@@ -132,7 +142,7 @@ static void NAME(scaled)(T *restrict w, const T *restrict y, T ratio, int n, dou
         zeros += value == 0;
         fresh += (value == 0) & (old != 0);
         revived += (value != 0) & (old == 0);
-        sum += value < 0 ? -value : value;
+        sum += NAME(modulus)(value);
         squares += value * value;
     }
     NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);
