@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-enum { BLOCK = 1024, CHUNK = 4096, SHORT = 64 };
+enum { BLOCK = 1024, CHUNK = 4096, FEW = 32 };
 
 typedef struct {
     const int64_t *table;  /* COLUMNS rows of `tensors` entries */
@@ -153,7 +153,7 @@ static void NAME(scaled)(T *restrict w, const T *restrict y, T ratio, int n, dou
 struct NAME(Work);
 static T NAME(moved)(const struct NAME(Work) *work, int64_t start, int n, T *y, int again);
 
-/* Groups so short that a call for each would cost more than its work. */
+/* Groups of which a block holds one or more. */
 static void NAME(short_groups)(
     const struct NAME(Work) *work, T *w, int64_t size, int run, T threshold, T divisor, double *counts)
 {
@@ -163,9 +163,17 @@ static void NAME(short_groups)(
         const int n = size - start < whole ? (int)(size - start) : whole;
         NAME(moved)(work, start, n, y, 0);
         for (int i = 0; i < n; i += run) {
+            T sum = 0;
             double squares = 0;
-            for (int j = i; j < i + run; j++)
-                squares += (double)y[j] * y[j];
+            if (run < FEW) { /* for which vectors do not pay */
+                for (int j = i; j < i + run; j++)
+                    squares += (double)y[j] * y[j];
+            } else {
+#pragma omp simd reduction(+ : sum)
+                for (int j = i; j < i + run; j++)
+                    sum += y[j] * y[j];
+                squares = NAME(checked_squares)(y + i, run, sum, 1);
+            }
             const double scale = rescue(squares);
             squares = scale == 1 ? squares : NAME(wide_squares)(y + i, run, scale);
             const T ratio = NAME(left)(__builtin_sqrt(squares) / scale, threshold, divisor);
@@ -176,7 +184,7 @@ static void NAME(short_groups)(
     }
 }
 
-/* One group. What is too long for the buffer is computed again, which costs less than to store it. */
+/* One group, longer than a block. What is too long for the buffer is computed again, which costs less than to store it. */
 static void NAME(group)(
     const struct NAME(Work) *work, T *w, int64_t start, int64_t run, T threshold, T divisor, double *counts)
 {
@@ -208,7 +216,7 @@ static void NAME(group)(
 static void NAME(groups)(
     const struct NAME(Work) *work, T *w, int64_t size, int64_t run, T threshold, T divisor, double *counts)
 {
-    if (run < SHORT)
+    if (run <= BLOCK)
         NAME(short_groups)(work, w, size, (int)run, threshold, divisor, counts);
     else
         for (int64_t start = 0; start < size; start += run)
