@@ -140,3 +140,7 @@ def test_the_figures_are_the_result_files(monkeypatch):
     assert step.readme_table(results) in TEXT
     assert "one CPU thread" in TEXT
     assert results["machine"]["threads"] == 1
+    of_groups = json.loads((ROOT / "benchmarks/results/step-groups-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/groups.md").read_text(encoding="utf-8")
+    assert step.readme_table(of_groups, step.GROUP_ROWS) in page
+    assert of_groups["machine"]["threads"] == 1
