@@ -115,24 +115,28 @@ class ProximalOptimizer(PenalizedOptimizer):
     def _step(self) -> None:
         """The step, once the closure has been called."""
         gradients = [self._gradients(group, i) for i, group in enumerate(self.param_groups)]  # may raise
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale, found_inf = (_known(self, name) for name in ("grad_scale", "found_inf"))
         on_device = found_inf is not None and self._step_supports_amp_scaling and not self._needs_host()
         if found_inf is not None and not on_device and bool(found_inf):
             return
         steps = [self._hyperparameters(group) for group in self.param_groups]  # may raise: before any change
-        for step in steps:
-            if step.penalty is not None:
-                step.check()
-        whole = {i for i, step in enumerate(steps) if step.penalty is not None and self._is_apart(step.penalty)}
         origins = [tensors.params for tensors in gradients]
         spread = {i for i, params in enumerate(origins) if any_sharded(params)}
+        for i, step in enumerate(steps):
+            if step.penalty is not None:
+                step.check()
+            if step.differentiable and i in spread:
+                raise RuntimeError("`differentiable` can't be had for parameters that are sharded over processes.")
+        whole = {i for i, step in enumerate(steps) if step.penalty is not None and self._is_apart(step.penalty)}
         counts = any(map(_rounds, self.param_groups))
         offset, parts = 0, []
         for i, (group, tensors, step) in enumerate(zip(self.param_groups, gradients, steps, strict=True)):
+            self._add_state(tensors, group, offset, counts)
+            if i in spread:
+                tensors = tensors.parts()
             if grad_scale is not None and not on_device:
                 tensors.grads = [g / grad_scale.to(g.device) for g in tensors.grads]
-            self._add_state(tensors, group, offset, counts)
-            parts.append((tensors.parts() if i in spread else tensors, step))
+            parts.append((tensors, step))
             offset += len(group["params"])
         if self._preview_hooks:
             parts = self._previewed(parts, origins, grad_scale if on_device else None)
@@ -292,6 +296,12 @@ def check_implementation(group: Mapping[str, Any]) -> None:
 def rounding_seed(step: int | Tensor, index: int) -> int | Tensor:
     """A number that differs between steps and between parameters, and agrees between replicas."""
     return step * 0x9E3779B1 + index * 0x85EBCA77
+
+
+def _known(optimizer: Any, name: str) -> Tensor | None:
+    """What GradScaler tells a fused step."""
+    value = getattr(optimizer, name, None)
+    return None if value is None else local(value)
 
 
 def _rounds(group: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchreg.optim.groups import acting
 from torchreg.penalties import Penalty
+from torchreg.sharding import is_sharded
 
 
 @dataclass
@@ -46,6 +47,11 @@ class Composite:
         if not self.params:
             raise ValueError("No parameter has a gradient after the closure: it must call backward() on the loss.")
         for p in self.params:
+            if is_sharded(p):
+                raise TypeError(
+                    f"A parameter of shape {tuple(p.shape)} is sharded over processes, which FISTA can't solve for: "
+                    "use RMDA or ProxSGD, or whole tensors."
+                )
             if p.grad.layout != torch.strided:
                 raise TypeError(f"A parameter of shape {tuple(p.shape)} has a gradient that is {p.grad.layout}.")
         self.start = Point([p.detach().clone() for p in self.params], loss, self._grads())
