@@ -115,6 +115,47 @@ def test_strengths_of_each_weight_may_be_whole_or_sharded():
     assert max(distributed.run(2, _strengths)) == 0
 
 
+def _flat(optimizer):
+    """FSDP1: the shares of single weights' penalties, and what is refused."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def trained(wrap):
+        model = wrap(Model(["l1"]))
+        opt = optimizers(optimizer, torchreg.Regularizer(model, {"l1.weight": L1(2e-2), "shared.weight": L1(1e-2)}))
+        train(model, opt, 10)
+        with FullyShardedDataParallel.summon_full_params(model) if wrap is flat else torch.no_grad():
+            weights = [p.detach().clone() for p in model.parameters()]
+            return weights, torchreg.sparsity(model).total.zeros, model, opt
+
+    def flat(model):
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    (alone, zeros, _, _), (many, theirs, model, opt) = trained(lambda model: model), trained(flat)
+    assert zeros == theirs
+    reg, messages = torchreg.Regularizer(model, L1(1.0)), []
+    for refused in (
+        lambda: torchreg.Regularizer(model, GroupLasso(1.0, "rows")),
+        lambda: torchreg.ProxSGD([{"params": list(model.parameters()), "penalty": GroupLasso(1.0, "rows")}], lr=0.1),
+        lambda: torchreg.Regularizer(model, {"l1.weight": SEPARABLE["each"]}),
+        lambda: torchreg.TargetSparsity(opt, 0.5, until=3),
+        lambda: torchreg.sparsity(model),
+        lambda: torchreg.kkt_residual(reg),
+        lambda: torchreg.Regularizer(FullyShardedDataParallel(Model([]), device_id=torch.device("cpu")), L1(1.0)),
+        reg,
+    ):
+        with pytest.raises(ValueError, match="FullyShardedDataParallel") as error:
+            refused()
+        messages.append(str(error.value))
+    return max((a - b).abs().max().item() for a, b in zip(alone, many, strict=True)), messages
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+def test_flat_parameters_are_shares_of_single_weights_only(optimizer):
+    for worst, messages in distributed.run(2, _flat, optimizer):
+        assert worst < 1e-12
+        assert all("fully_shard" in message for message in messages)
+
+
 def _refusals():
     model = Model(["l1"])
     reg = torchreg.Regularizer(model, L1(1e-3))

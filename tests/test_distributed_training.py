@@ -122,6 +122,27 @@ def test_groups_that_cross_processes_take_one_collective_for_all_rules_of_a_step
     assert distributed.run(2, _collectives, crossing, optimizer) == [[1, 1, 1]] * 2
 
 
+def _hooked(penalty):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = Model(["l1", "l2"])
+    _fsdp(model)
+    reg = torchreg.Regularizer(model, penalty)
+    opt = torch.optim.SGD(reg.param_groups(), lr=0.1)
+    reg.attach(opt)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with CommDebugMode() as mode:
+        opt.step()
+    return mode.get_total_counts()
+
+
+def test_the_hook_takes_no_more():
+    crossing = {"l1.weight": GroupLasso(1e-3, "columns"), SHARED: GroupLasso(1e-3, SHARED), torch.nn.Linear: L1(1e-3)}
+    assert distributed.run(2, _hooked, crossing) == [1, 1]
+    assert distributed.run(2, _hooked, {torch.nn.Linear: L1(1e-3)}) == [0, 0]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_groups_in_a_metric_take_a_bounded_number_of_collectives(optimizer):
     crossing = {"l1.weight": GroupLasso(1e-3, "columns"), SHARED: GroupLasso(1e-3, SHARED)}

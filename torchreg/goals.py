@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchreg import sharding
 from torchreg.penalties import sharded
 from torchreg.penalties.grouped import Grouped
 from torchreg.scales import Scales
@@ -77,6 +78,11 @@ def goals(optimizer: Any, target: Any, of: str) -> list[Goal]:
     if not isinstance(target, Mapping):  # constraints too: they are penalised weights that no scale moves
         chosen = [i for i, group in enumerate(holder.param_groups) if group["penalty"] is not None]
     for i in chosen:
+        if any(map(sharding.is_flat, holder.param_groups[i]["params"])):
+            raise ValueError(
+                "FullyShardedDataParallel holds the parameters as shares of one flat vector, which have no threshold "
+                "together: shard by torch.distributed.fsdp.fully_shard."
+            )
         _check_makes_zeros(holder.param_groups[i], i, per_rule=isinstance(target, Mapping))
         if of == "groups" and not isinstance(holder.param_groups[i]["penalty"], Grouped):
             has = holder.param_groups[i]["penalty"].type_name

@@ -166,6 +166,7 @@ class PenaltyHandle:
         penalties = {id(p): (name, penalty) for name, p, penalty in self.regularizer.penalized()}
         grad_scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when the step itself unscales
         scale = host_scalar(self.regularizer.strength_scale)
+        together: list[tuple[Tensor, float | Tensor]] = []
         for group in optimizer.param_groups:
             chosen = [p for p in group["params"] if p.grad is not None and id(p) in penalties]
             if not chosen:
@@ -181,24 +182,32 @@ class PenaltyHandle:
             others = {id(p) for p in chosen if penalties[id(p)][1].is_joint or sharding.is_sharded(p)}
             alone = [p for p in chosen if id(p) not in others]
             sums = kernels.added_gradients([penalties[id(p)][1] for p in alone], alone, [p.grad for p in alone], factor)
-            together = self._added_together([p for p in chosen if id(p) in others], factor)
-            for p, total in [*zip(alone, sums, strict=True), *together]:
-                self._data_grads.append((p, p.grad, total, total._version))
-                p.grad = total
+            together += [(p, factor) for p in chosen if id(p) in others]
+            self._replace(list(zip(alone, sums, strict=True)))
+        if together:
+            self._replace(self._added_together(together))
 
-    def _added_together(self, chosen: list[Tensor], factor: float | Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Parameters that are taken rule by rule, and the sums of their gradients with the penalty's.
+    def _replace(self, sums: list[tuple[Tensor, Tensor]]) -> None:
+        for p, total in sums:
+            assert p.grad is not None
+            self._data_grads.append((p, p.grad, total, total._version))
+            p.grad = total
+
+    def _added_together(self, chosen: list[tuple[Tensor, float | Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Parameters that are taken rule by rule, and the sums of their gradients with a factor times the penalty's.
 
         They are those of penalties that act on all of a rule, and those that are spread over processes.
         """
-        known = {id(p): p for p in chosen}
-        sums = []
-        for penalty, some in by_rule(a for a in self.regularizer.assignments if id(a.parameter) in known):
-            assert penalty is not None
-            params = [known[id(a.parameter)] for a in some]
-            spread = sharding.any_sharded(params)
-            pulls = sharded.grad_all(penalty, params) if spread else penalty.grad_all([arithmetic(p) for p in params])
+        factors = {id(p): factor for p, factor in chosen}
+        rules: list[tuple[Penalty, list[Tensor]]] = [
+            (penalty, [a.parameter for a in some])
+            for penalty, some in by_rule(a for a in self.regularizer.assignments if id(a.parameter) in factors)
+            if penalty is not None
+        ]
+        sums: list[tuple[Tensor, Tensor]] = []
+        for (_, params), pulls in zip(rules, sharded.grad_all(rules), strict=True):
             for p, pull in zip(params, pulls, strict=True):
+                factor = factors[id(p)]
                 scaled = pull * (factor.to(pull.device, pull.real.dtype) if isinstance(factor, Tensor) else factor)
                 assert p.grad is not None
                 total = (arithmetic(sharding.beside(p.grad, p)) + scaled).to(p.grad.dtype)

@@ -41,6 +41,7 @@ def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = Non
     tensor(0.2500)
     """
     check_current(reg.model, reg.assignments)
+    _check_shapes(reg.assignments)
     scale = host_scalar(reg.strength_scale)  # a float keeps the strengths of float64 weights exact
     assignments = [a for a in reg.assignments if a.parameter.requires_grad]
     grads = _gradients(reg.model, assignments, closure) if closure else [a.parameter.grad for a in assignments]
@@ -95,6 +96,7 @@ def strength_max(
     Source: Friedman, Hastie and Tibshirani, Regularization paths for GLMs, JSS, 2010, section 2.5.
     """
     check_current(reg.model, reg.assignments)
+    _check_shapes(reg.assignments)
     chosen = [a for a in reg.assignments if a.penalty is not None and a.parameter.requires_grad]
     if not chosen:
         raise ValueError("The regularizer penalises no trainable parameter.")
@@ -165,6 +167,14 @@ def _reached(penalty: Penalty | None, p: Tensor) -> Tensor:
     if isinstance(leading, Tensor) and leading.ndim:
         return sharding.beside(leading, p).to(p.device) > 0
     return torch.ones((), dtype=torch.bool, device=p.device)
+
+
+def _check_shapes(assignments: list[Assignment]) -> None:
+    if any(sharding.is_flat(a.parameter) for a in assignments):
+        raise ValueError(
+            "FullyShardedDataParallel holds the parameters as shares of one flat vector, of which nothing can be told "
+            "here: shard by torch.distributed.fsdp.fully_shard."
+        )
 
 
 def _gradients(model: nn.Module, wanted: list[Assignment], closure: Callable[[], Tensor]) -> list[Tensor | None]:

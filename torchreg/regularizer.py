@@ -134,6 +134,8 @@ class Regularizer(nn.Module):
         weights = [p for _, p, _ in entries]
         if sharding.any_sharded(weights):
             return self._sharded_value()
+        if any(map(sharding.is_flat, weights)):
+            raise ValueError(_FLAT)
         if any(penalty.is_joint for _, _, penalty in entries):
             return self._joint_value()
         penalties = [penalty for _, _, penalty in entries]
@@ -229,6 +231,12 @@ class Regularizer(nn.Module):
         return "\n\n".join(parts)
 
 
+_FLAT = (
+    "FullyShardedDataParallel holds the parameters as shares of one flat vector, of which no loss term can be made: "
+    "use reg.param_groups() or attach(), or shard by torch.distributed.fsdp.fully_shard."
+)
+
+
 class _PenaltyTerm(torch.autograd.Function):
     """Σ scale·R(w): the forward pass keeps only the weights, the backward pass makes one gradient for each."""
 
@@ -258,8 +266,8 @@ class _ShardedTerm(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)  # raises if a weight has been changed
         rules = [(penalty, [next(saved) for _ in weights]) for penalty, weights in ctx.rules]
         grads = []
-        for penalty, weights in rules:
-            for p, pull in zip(weights, sharded.grad_all(penalty, weights), strict=True):
+        for (_, weights), pulls in zip(rules, sharded.grad_all(rules), strict=True):
+            for p, pull in zip(weights, pulls, strict=True):
                 factor = grad_output.to(pull.device) * ctx.scale.to(pull.device)
                 grads.append(sharding.sharded_like((pull * factor.to(pull.real.dtype)).to(p.dtype), p))
         return None, None, *grads

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.assignments import Assignment, by_rule, clean_name, parameters_of, unwrapped
-from torchreg.penalties import Penalty
+from torchreg.penalties import Penalty, sharded
 
 Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Parameter], bool] | Iterable[nn.Parameter]
 Rules = Penalty | Mapping[Any, Penalty | None] | Iterable[tuple[Selector, Penalty | None]]
@@ -68,6 +68,11 @@ def assign(model: nn.Module, rules: Rules) -> list[Assignment]:
         raise TypeError(f"Expected `model` to be an nn.Module, got {_described(model)}.")
     pairs = _pairs(rules)
     model = unwrapped(model)
+    if any(name.split(".")[-1] == "_flat_param" for name, _ in model.named_parameters()):
+        raise ValueError(
+            "FullyShardedDataParallel has flattened the parameters into one: give it use_orig_params=True, or shard by "
+            "torch.distributed.fsdp.fully_shard."
+        )
     modules = {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     assignments = parameters_of(model)
     for index, (selector, penalty) in enumerate(pairs):
@@ -136,6 +141,7 @@ def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None
             f"on it is not one on the weight. Leave it alone with {exception}."
         )
     try:
+        sharded.check_flat(penalty, p)
         penalty.check_weight(p)
     except (TypeError, ValueError) as error:
         raise type(error)(f"Parameter {a.name!r}: {error}") from None

@@ -34,10 +34,31 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(map(is_sharded, tensors))
 
 
+def is_flat(p: Tensor) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) holds a parameter as a share of one long vector, without its shape."""
+    return getattr(p, "_fsdp_flattened", False)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ``ValueError`` if the parameters of a model are shares of FSDP1's flat vector now."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    if kind is None:
+        return
+    for module in model.modules():
+        if isinstance(module, kind) and module.training_state.name != "SUMMON_FULL_PARAMS":
+            raise ValueError(
+                "FullyShardedDataParallel holds the parameters as shares of one flat vector: look at them inside "
+                "FullyShardedDataParallel.summon_full_params(model), or shard by torch.distributed.fsdp.fully_shard."
+            )
+
+
 @torch.no_grad()
 def local(t: Tensor) -> Tensor:
     """The part that this process holds, sharing its memory; a plain tensor as it is."""
-    return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
+    if not is_sharded(t):
+        return t
+    part = t._local_tensor  # type: ignore[attr-defined]  # what to_local() takes longer for
+    return part if type(part) is Tensor else t.to_local()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -126,7 +147,7 @@ class Layout:
             own = dim - len(self.shape) + labels.ndim
             if own < 0 or labels.shape[own] != self.shape[dim]:
                 return True
-            by_row = labels.movedim(own, 0).reshape(self.shape[dim], -1)
+            by_row = labels.cpu().movedim(own, 0).reshape(self.shape[dim], -1)
             holders = owners[:, None].expand(by_row.shape).reshape(-1)
             count = int(labels.max()) + 1 if labels.numel() else 0
             least = holders.new_full((count,), len(owners)).scatter_reduce(0, by_row.reshape(-1), holders, "amin")

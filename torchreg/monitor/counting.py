@@ -134,8 +134,10 @@ def named_weights(source: Any) -> Iterator[tuple[str, Tensor]]:
 def _pairs(source: Any) -> Iterable[tuple[str, Any]]:
     if hasattr(source, "assignments") and hasattr(source, "penalized"):
         regularizer: PenalizedModel = source
+        sharding.check_whole(regularizer.model)
         return [(a.name, a.parameter) for a in regularizer.assignments if a.penalty is not None]
     if isinstance(source, nn.Module):
+        sharding.check_whole(source)
         return source.named_parameters()
     if isinstance(source, Optimizer):
         return [pair for i, group in enumerate(source.param_groups) for pair in _group_pairs(i, group)]

@@ -235,9 +235,9 @@ class Grouped(TakesGroups, abstract=True):
             total = total + r.l2 * _sum_of_squares(r.x)
         return total
 
-    def _grad(self, r: Ready) -> Tensor:
+    def _grad(self, r: Ready, norms: Tensor | None = None) -> Tensor:
         y = r.cut.arranged(r.x)
-        norms = r.cut.norms(y)
+        norms = r.cut.norms(y) if norms is None else norms
         pull = torch.where(norms == 0, 0, r.group / torch.where(norms == 0, 1, norms))
         if not _is_zero(r.l2):
             pull = pull + 2 * r.l2

@@ -60,6 +60,16 @@ def of_part(penalty: Penalty, p: Tensor) -> Penalty | None:
     return found
 
 
+def check_flat(penalty: Penalty, p: Tensor) -> None:
+    """Raise ``ValueError`` if a penalty needs the shape of a parameter that FSDP1 has flattened."""
+    if sharding.is_flat(p) and not (penalty.is_separable and not _by_weight(penalty)):
+        raise ValueError(
+            f"FullyShardedDataParallel has flattened the parameter into a share of one vector, in which "
+            f"{penalty.type_name} can't tell its weights apart: shard by torch.distributed.fsdp.fully_shard, which "
+            "keeps shapes."
+        )
+
+
 def divided(penalty: Penalty | None, weights: Sequence[Tensor]) -> list[tuple[Penalty | None, list[int] | None]]:
     """The positions of the weights by the penalty on their parts (see `of_part`); None for all."""
     found: dict[int, tuple[Penalty | None, list[int]]] = {}
@@ -119,23 +129,33 @@ def value_all(rules: Sequence[tuple[Penalty, Sequence[Tensor]]]) -> Tensor:
     return sum((value.to(total.device) for value in others), start=total)
 
 
-def grad_all(penalty: Penalty, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The part that is here of R's gradient at each weight of a rule."""
-    found = {}
-    for i, p in enumerate(weights):
-        own = of_part(penalty, p)
-        if own is not None:
-            found[i] = own.grad(arithmetic(sharding.local(p)))
-    crossing = [i for i in range(len(weights)) if i not in found]
-    chosen = [weights[i] for i in crossing]
-    if chosen and isinstance(penalty, Grouped):
-        r = penalty.ready(*_ready(penalty, chosen, map(sharding.local, chosen)))
-        assert isinstance(r.cut, Spanning)
-        found.update(zip(crossing, r.cut.parted(penalty._grad(r)), strict=True))
-    elif chosen:
-        grads = penalty.grad_all([arithmetic(w) for w in _wholes(chosen)])
-        found.update((i, sharding.layout(weights[i]).part(g)) for i, g in zip(crossing, grads, strict=True))
-    return [found[i] for i in range(len(weights))]
+def grad_all(rules: Sequence[tuple[Penalty, Sequence[Tensor]]]) -> list[list[Tensor]]:
+    """For each rule the parts that are here of R's gradient at its weights, in computing precision."""
+    found: list[dict[int, Tensor]] = []
+    together: list[tuple[Grouped, Any, list[int], dict[int, Tensor]]] = []
+    for penalty, weights in rules:
+        if not sharding.any_sharded(weights):
+            found.append(dict(enumerate(penalty.grad_all([arithmetic(p) for p in weights]))))
+            continue
+        owns = [of_part(penalty, p) for p in weights]
+        grads = {i: own.grad(arithmetic(sharding.local(weights[i]))) for i, own in enumerate(owns) if own is not None}
+        found.append(grads)
+        crossing = [i for i, own in enumerate(owns) if own is None]
+        chosen = [weights[i] for i in crossing]
+        if chosen and isinstance(penalty, Grouped):
+            r = penalty.ready(*_ready(penalty, chosen, map(sharding.local, chosen)))
+            together.append((penalty, r, crossing, grads))
+        elif chosen:
+            pulls = penalty.grad_all([arithmetic(w) for w in _wholes(chosen)])
+            grads.update((i, sharding.layout(weights[i]).part(g)) for i, g in zip(crossing, pulls, strict=True))
+    if together:
+        cut = joined([r.cut for _, r, _, _ in together])
+        norms = cut.norms(torch.cat([r.x.abs() for _, r, _, _ in together]))
+        of_each = norms.split([r.cut.count for _, r, _, _ in together])
+        for (penalty, r, crossing, grads), own in zip(together, of_each, strict=True):
+            parts = zip(crossing, r.parted(penalty._grad(r, own.to(r.x.real.dtype))), strict=True)
+            grads.update(parts)
+    return [[grads[i] for i in range(len(weights))] for (_, weights), grads in zip(rules, found, strict=True)]
 
 
 def residual_all(penalty: Penalty, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
