@@ -242,9 +242,9 @@ def in_rows(dtype: torch.dtype, momentum: bool, shapes=ROWS) -> SGDTensors:
     return SGDTensors(params, grads, buffers, first, seeds=[1000 * i + 7 for i in range(len(params))])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @grouped
-@pytest.mark.parametrize("name", ["plain", "dampening", "nesterov", "maximize"])
+@pytest.mark.parametrize("name", ["plain", "dampening", "nesterov"])
 def test_groups_agree_with_the_reference(dtype, penalty, name):
     hyper = HYPERS[name]
     step = a_step(penalty, **hyper)
@@ -329,7 +329,7 @@ for dtype, compute in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.
 """
 
 
-KERNELS = {"triton_prox_sgd.prox_sgd": [0], "triton_group_sgd.prox_sgd_groups": [16, LONGEST]}
+KERNELS = {"triton_prox_sgd.prox_sgd": [0], "triton_group_sgd.prox_sgd_groups": [LONGEST]}
 
 
 def compiled(kernel: str, width: int, folder) -> list[tuple[int, bool]]:
