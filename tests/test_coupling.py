@@ -376,6 +376,21 @@ def test_what_can_not_be_removed_is_left_alone_with_a_reason(model, shape, name,
     assert word in _reasons(found)[name]
 
 
+def test_long_chains_of_operations_are_no_obstacle():
+    class Long(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            for _ in range(1500):
+                y = y * 1.0
+            return self.b(y)
+
+    assert [c.count for c in coupled_groups(Long(), torch.randn(2, 3))] == [4]
+
+
 def test_zero_makers_do_not_make_a_sigmoid_zero():
     model = nn.Sequential(nn.Linear(3, 6), nn.Sigmoid(), nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 2))
     assert [c.vanishes for c in coupled_groups(model, torch.randn(4, 3))] == [False, True]

@@ -174,14 +174,25 @@ class _Counts:
         return index_maps.of_split(grad_fn, output, self._whole(grad_fn))
 
     def _whole(self, grad_fn: Any) -> int | None:
-        if grad_fn not in self.known:
-            self.known[grad_fn] = self._counted(grad_fn)
+        waiting = [] if grad_fn in self.known else [grad_fn]
+        while waiting:  # no recursion: recurrent layers leave chains of thousands of operations
+            g = waiting.pop()
+            if g in self.known:
+                continue
+            before = [] if self._layer(g) is not None else [f for f, _ in self.links(g) if f not in self.known]
+            if before:
+                waiting += [g, *before]
+            else:
+                self.known[g] = self._counted(g)
         return self.known[grad_fn]
 
-    def _counted(self, grad_fn: Any) -> int | None:
+    def _layer(self, grad_fn: Any) -> int | None:
         own = layer("", self.nodes[grad_fn].module)
-        if own is not None and own.writes is not None:
-            return own.writes
+        return None if own is None else own.writes
+
+    def _counted(self, grad_fn: Any) -> int | None:
+        if (writes := self._layer(grad_fn)) is not None:
+            return writes
         if grad_fn in self.entries:
             shape = index_maps.output_shape(grad_fn) or ()
             return shape[1] if len(shape) in (2, 4, 5) else None
