@@ -16,6 +16,7 @@ import torchreg.linear
 
 FILES = ("test_coordinate_descent.py", "test_sparse_coordinate_descent.py")
 EXCEPTIONS = {
+    "test_lasso_dual_gap": "compares seven digits of the duality gap with a formula; here both are rounding, 1e-16",
     "test_lassoCV_does_not_set_precompute": "replaces the Lasso in scikit-learn's private module, which is not ours",
     "test_1d_multioutput_enet_and_multitask_enet_cv": "expects the seven digits of scikit-learn's MultiTaskElasticNet, "
     "which is exact to three",

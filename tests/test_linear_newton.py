@@ -9,9 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchreg.linear import native_newton
 from torchreg.linear.full_gram import Normal
-from torchreg.linear.newton import factorise, minimise
+from torchreg.linear.newton import Minimum, factorise
+from torchreg.linear.newton import minimise as in_torch
 from torchreg.linear.problem import Strength
+
+
+def in_c(gram: Tensor, moment: Tensor, l1: float, l2: float = 0.0, **settings: Any) -> Minimum:
+    if reason := native_newton.unavailable():
+        pytest.skip(reason)
+    return native_newton.minimise_all(gram, moment, [l1], [l2], **settings)[0]
+
+
+@pytest.fixture(params=[in_torch, in_c])
+def minimise(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
 def problem(trial: int) -> tuple[Any, Any, Any]:
@@ -41,7 +54,7 @@ def violation(gram: Tensor, moment: Tensor, w: Tensor, l1: float, l2: float, pos
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("l2", [0.0, 0.1])
 @pytest.mark.parametrize("trials", [range(k, k + 50) for k in range(0, 200, 50)], ids=str)
-def test_the_gap_is_rounding(trials: range, l2: float, positive: bool) -> None:
+def test_the_gap_is_rounding(minimise: Any, trials: range, l2: float, positive: bool) -> None:
     for trial in trials:
         rng, x, y = problem(trial)
         n = len(y)
@@ -57,7 +70,7 @@ def test_the_gap_is_rounding(trials: range, l2: float, positive: bool) -> None:
         assert not (positive and (found.w < 0).any())
 
 
-def test_without_a_penalty_it_is_least_squares() -> None:
+def test_without_a_penalty_it_is_least_squares(minimise: Any) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((40, 12)), rng.standard_normal(40)
     found = minimise(torch.from_numpy(x.T @ x), torch.from_numpy(x.T @ y), 0.0)
@@ -65,20 +78,20 @@ def test_without_a_penalty_it_is_least_squares() -> None:
     assert found.steps == 1
 
 
-def test_without_l1_it_is_ridge_regression() -> None:
+def test_without_l1_it_is_ridge_regression(minimise: Any) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((5, 12)), rng.standard_normal(5)
     found = minimise(torch.from_numpy(x.T @ x), torch.from_numpy(x.T @ y), 0.0, 0.3)
     np.testing.assert_allclose(found.w, np.linalg.solve(x.T @ x + 0.3 * np.eye(12), x.T @ y), rtol=1e-9)
 
 
-def test_of_two_equal_columns_one_takes_part() -> None:
+def test_of_two_equal_columns_one_takes_part(minimise: Any) -> None:
     gram, moment = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     w = minimise(gram, moment, 0.25).w
     assert sorted(w.tolist()) == [0, 0.75]
 
 
-def test_a_column_that_is_cheaper_than_two_replaces_them() -> None:
+def test_a_column_that_is_cheaper_than_two_replaces_them(minimise: Any) -> None:
     """The third is the sum of the first two: the same prediction for half the price."""
     x = torch.eye(2, dtype=torch.float64)
     x = torch.cat([x, x.sum(1, keepdim=True)], 1)
@@ -87,19 +100,19 @@ def test_a_column_that_is_cheaper_than_two_replaces_them() -> None:
     torch.testing.assert_close(found.w, torch.tensor([0, 0, 0.95], dtype=torch.float64))
 
 
-def test_a_dependent_start_is_left_behind() -> None:
+def test_a_dependent_start_is_left_behind(minimise: Any) -> None:
     gram = torch.ones(4, 4, dtype=torch.float64)
     found = minimise(gram, gram[0], 0.1, start=torch.tensor([1.0, -2, 3, 1000], dtype=torch.float64))
     assert found.w.count_nonzero() == 1
     torch.testing.assert_close(found.w.sum(), torch.tensor(0.9, dtype=torch.float64))
 
 
-def test_zeros_are_positive() -> None:
+def test_zeros_are_positive(minimise: Any) -> None:
     found = minimise(torch.eye(3, dtype=torch.float64), torch.tensor([-1.0, 0.2, -0.2], dtype=torch.float64), 0.5)
     assert not torch.signbit(found.w[1:]).any()
 
 
-def test_the_limit_is_kept_and_said() -> None:
+def test_the_limit_is_kept_and_said(minimise: Any) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((50, 100)), rng.standard_normal(50)
     gram, moment = torch.from_numpy(x.T @ x), torch.from_numpy(x.T @ y)
@@ -116,3 +129,20 @@ def test_the_first_dependent_column_is_found() -> None:
     assert factorise(x.T @ x)[1] is None
     x[:, 4] = x[:, 0] - 2 * x[:, 2]
     assert factorise(x.T @ x)[1] == 4
+
+
+def test_compiled_paths_are_those_of_torch() -> None:
+    if reason := native_newton.unavailable():
+        pytest.skip(reason)
+    for trial in range(1, 40, 6):
+        _, x, y = problem(trial)
+        gram, moment = torch.from_numpy(x.T @ x), torch.from_numpy(x.T @ y)
+        l1 = [float(moment.abs().max()) * 0.7**i for i in range(20)]
+        l2 = [0.1 * s for s in l1]
+        start = None
+        for found, a, b in zip(native_newton.minimise_all(gram, moment, l1, l2), l1, l2, strict=True):
+            expected = in_torch(gram, moment, a, b, start=start)
+            start = expected.w
+            assert found.exact
+            assert torch.equal(found.w != 0, expected.w != 0)
+            torch.testing.assert_close(found.w, expected.w, rtol=1e-8, atol=1e-11)

@@ -11,7 +11,7 @@ import sklearn.linear_model
 import torch
 from linear_cases import CASES, largest, relative_gap, sparse_case
 
-from torchreg.linear import ElasticNet, Lasso, alpha_max, enet_path, lasso_path
+from torchreg.linear import ElasticNet, Lasso, alpha_max, enet_path, lasso_path, native_newton
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own
 FRACTIONS = [0.5, 0.1, 0.01]
@@ -72,7 +72,7 @@ def test_sparse_lasso_is_the_dense_one(fraction: float, fit_intercept: bool, wei
     weights = np.random.default_rng(1).uniform(0, 3, len(y)) if weighted else None
     settings = {"alpha": fraction * largest(x.toarray(), y), "fit_intercept": fit_intercept}
     dense = Lasso(**settings).fit(x.toarray(), y, weights)
-    for given in (x, x.tocsr(), torch.tensor(x.toarray()).to_sparse_csr()):
+    for given in (x, x.tocsr(), torch.tensor(x.toarray()).to_sparse()):
         ours = Lasso(**settings).fit(given, torch.tensor(y) if isinstance(given, torch.Tensor) else y, weights)
         coef = np.asarray(ours.coef_)
         assert np.array_equal(coef != 0, dense.coef_ != 0)
@@ -130,3 +130,14 @@ def test_threads_are_left_as_they_were() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_a_compiler_the_solutions_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = data(name)
+    alpha = 0.05 * largest(x, y)
+    compiled = Lasso(alpha).fit(x, y)
+    monkeypatch.setattr(native_newton, "unavailable", lambda: "no compiler")
+    ours = Lasso(alpha).fit(x, y)
+    assert np.array_equal(ours.coef_ != 0, compiled.coef_ != 0)
+    np.testing.assert_allclose(ours.coef_, compiled.coef_, rtol=0, atol=1e-10 * np.abs(compiled.coef_).max())

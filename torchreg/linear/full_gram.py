@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchreg.linear.newton import minimise
+from torchreg.linear.descent import descend
 from torchreg.linear.problem import NOT_FINITE, Fit, Problem, Strength, duality_gaps
 from torchreg.linear.solution import ACCURATE, Solution, refined
-from torchreg.linear.threads import threads_for
 
 _CLOSE = 1e-6  # of ‖z‖²: a residual below is a difference of nearly equal numbers where it comes from the Gram matrix
 
@@ -45,14 +44,8 @@ class Normal:
 
     def path(self, strengths: list[Strength], limit: int, start: Tensor | None = None) -> tuple[Tensor, list[int]]:
         """Coefficients (m, features) for strengths in falling order, each from the one before, and their steps."""
-        w, rows, steps = start, [], []
-        with threads_for(len(self.moment)):
-            for s in strengths:
-                found = minimise(self.gram, self.moment, s.l1, s.l2, start=w, positive=self.positive, limit=limit)
-                w = found.w
-                rows.append(w)
-                steps.append(found.steps)
-        return torch.stack(rows), steps
+        found = descend(self.gram, self.moment, strengths, start=start, positive=self.positive, limit=limit)
+        return torch.stack([f.w for f in found]), [f.steps for f in found]
 
     def gaps(self, w: Tensor, strengths: list[Strength], fit: Fit | None = None) -> list[float]:
         """The duality gaps of rows w."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_DEPENDENT = 1e-13  # of a column's own square: what is left of it outside the span of the others
-_SLACK = 1e-13  # of the largest moment: correlations this little beyond the strength are rounding
-_CROSSINGS = 12
-_MANY = 40
-_SHARES = (0.25, 0.5, 0.75, 1.0)
+DEPENDENT = 1e-13  # of a column's own square: what is left of it outside the span of the others
+SLACK = 1e-13  # of the largest moment: correlations this little beyond the strength are rounding
+CROSSINGS = 12
+MANY = 40
+SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Faces:
         self.gram, self.moment, self.l1, self.l2, self.positive = gram, moment, l1, l2, positive
         self.kinked = l1 > 0 or positive
         largest = float(moment.abs().max()) if moment.numel() else 0.0
-        self.slack = l1 + _SLACK * largest
+        self.slack = l1 + SLACK * largest
         self.barred = torch.zeros_like(moment, dtype=torch.bool)
         """Zeros that look like violations and can't enter: dependent on the others, or by rounding."""
 
@@ -98,8 +98,8 @@ class _Faces:
         found = torch.nonzero((w == 0) & (force > self.slack) & ~self.barred).squeeze(1)
         if len(found) > 1:
             found = found[torch.argsort(force[found], descending=True)]
-        if len(found) > max(_MANY, held // 2):
-            found = found[: max(_MANY // 2, len(found) // 2)]
+        if len(found) > max(MANY, held // 2):
+            found = found[: max(MANY // 2, len(found) // 2)]
         return found
 
     def step(self, w: Tensor, index: Tensor, signs: Tensor, held: int) -> tuple[Tensor, bool]:
@@ -158,8 +158,8 @@ class _Faces:
             return result, True
         here = w[index]
         when = torch.where(crosses, here / (here - x), torch.inf)
-        first = torch.sort(when[crosses]).values[:_CROSSINGS]
-        times = torch.cat([first, first.new_tensor(_SHARES)]).unsqueeze(1)
+        first = torch.sort(when[crosses]).values[:CROSSINGS]
+        times = torch.cat([first, first.new_tensor(SHARES)]).unsqueeze(1)
         points = torch.where(times >= when, 0.0, here + times * (x - here))
         if not self.positive:
             points = torch.cat([points, x.unsqueeze(0)])
@@ -207,7 +207,7 @@ def factorise(matrix: Tensor) -> tuple[Tensor, int | None]:
     pivots = factor.diagonal().square()
     if failed:
         pivots = pivots[: failed - 1]
-    dependent = torch.nonzero(~(pivots > _DEPENDENT * matrix.diagonal()[: len(pivots)])).squeeze(1)
+    dependent = torch.nonzero(~(pivots > DEPENDENT * matrix.diagonal()[: len(pivots)])).squeeze(1)
     if len(dependent):
         return factor, int(dependent[0])
     return factor, failed - 1 if failed else None

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from torchreg.linear.newton import minimise
+from torchreg.linear.descent import descend
 from torchreg.linear.problem import NOT_FINITE, Fit, Problem, Strength, duality_gaps
 from torchreg.linear.solution import ACCURATE, Solution, refined
-from torchreg.linear.threads import threads_for
 
 _FEWEST = 100  # columns that may enter at a time
 _CHUNK = 4
 _LONGEST_CHUNK = 10
 _ON_THE_WAY = 1000  # steps at most for an intermediate strength
-_RATIO = 2.0  # between intermediate strengths
+_RATIOS = ((6, 2.0), (15, 1.6), (math.inf, 1.35))  # of intermediate strengths, by the steps at the last one
 _NEAR = 0.5  # of the strength: a correlation from which on a column may enter ahead of time
 
 
@@ -70,19 +69,11 @@ class WorkingSet:
         """Coefficients of the first columns with zeros for those that came later."""
         return torch.nn.functional.pad(w, (0, len(self) - len(w)))
 
-    def solve(self, w: Tensor, strength: Strength, limit: int) -> tuple[Tensor, int]:
-        """The minimiser over the columns inside, and the steps that it took."""
-        with threads_for(len(self)):
-            found = minimise(
-                self.gram,
-                self.moment,
-                strength.l1,
-                strength.l2,
-                start=self.padded(w),
-                positive=self.problem.positive,
-                limit=limit,
-            )
-        return found.w, found.steps
+    def solve(self, w: Tensor, strengths: Sequence[Strength], limit: int) -> tuple[list[Tensor], list[int]]:
+        """The minimisers over the columns inside, each from the one before, and the steps that they took."""
+        start, positive = self.padded(w), self.problem.positive
+        found = descend(self.gram, self.moment, strengths, start=start, positive=positive, limit=limit)
+        return [f.w for f in found], [f.steps for f in found]
 
     def residuals(self, w: Tensor) -> Tensor:
         """z − Zw for rows w of coefficients."""
@@ -140,11 +131,9 @@ def solve_path(problem: Problem, strengths: list[Strength], limit: int, start: T
     while done < len(strengths):
         chunk = strengths[done : done + size]
         _enter(working, forces, 2 * chunk[-1].l1 - before, max(2 * _FEWEST, _nonzero(w)))
-        found, current = [], w
-        for i, strength in enumerate(chunk):
-            current, taken = working.solve(current, strength, limit - steps[done + i])
-            steps[done + i] += taken
-            found.append(current)
+        found, taken = working.solve(w, chunk, limit)
+        for i, more in enumerate(taken):
+            steps[done + i] += more
         check = Check(working, found, chunk)
         gaps, violated = check.gaps(), check.violated()
         accepted = 0
@@ -172,17 +161,19 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
     steps = on_the_way = 0
     if start is not None and check.gaps()[0] <= ACCURATE * problem.power and not check.violated()[0]:
         return Solution(working.index, w, check.gaps()[0], 0)
-    way = [strength] if start is not None else _way(problem, strength)
     before = problem.largest
-    for stage in way:
+    stage = strength if start is not None else _next(before, strength, steps)
+    while True:
         _enter(working, check.forces()[0], max(2 * stage.l1 - before, _NEAR * stage.l1), max(_FEWEST, _nonzero(w)))
         on_the_way += steps
-        w, steps = working.solve(w, stage, limit if stage is strength else _ON_THE_WAY)
-        before = stage.l1
+        (w,), (steps,) = working.solve(w, [stage], limit if stage is strength else _ON_THE_WAY)
         check = Check(working, [w], [stage])
+        if stage is strength:
+            break
+        before, stage = stage.l1, _next(stage.l1, strength, steps)
     while check.violated()[0] and steps < limit:
         _enter_violators(working, check, 0)
-        w, taken = working.solve(w, strength, limit - steps)
+        (w,), (taken,) = working.solve(w, [strength], limit - steps)
         steps += taken
         check = Check(working, [w], [strength])
     finer = refined(working.gram, w, check.pull[0][working.index], strength)
@@ -204,14 +195,13 @@ def _begin(working: WorkingSet, start: Tensor | None, strength: Strength) -> tup
     return w, Check(working, [w], [strength])
 
 
-def _way(problem: Problem, strength: Strength) -> list[Strength]:
-    """Strengths in a geometric sequence from the largest useful one down to this one."""
-    if not 0 < strength.l1 < problem.largest:
-        return [strength]
-    stages = max(1, math.ceil(math.log(problem.largest / strength.l1) / math.log(_RATIO)))
-    grow = (problem.largest / strength.l1) ** (1 / stages)
-    larger = [grow**i for i in range(stages - 1, 0, -1)]
-    return [*(Strength(strength.l1 * g, strength.l2 * g) for g in larger), strength]
+def _next(before: float, strength: Strength, steps: int) -> Strength:
+    """The next smaller strength on the way to this one: nearer where the one before has taken more steps."""
+    ratio = next(ratio for most, ratio in _RATIOS if steps <= most)
+    if not 0 < strength.l1 < before / ratio:
+        return strength
+    grow = before / ratio / strength.l1
+    return Strength(strength.l1 * grow, strength.l2 * grow)
 
 
 def _nonzero(w: Tensor) -> int:
