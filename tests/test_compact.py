@@ -356,8 +356,9 @@ def test_a_dead_layer_keeps_one_channel():
     model = _lively(ResNet())
     for p in model.a.parameters():
         nn.init.zeros_(p)
-    small = compact(model, _image(), seconds=0).model
+    small, report = (result := compact(model, _image(), seconds=0)).model, result.report
     assert small.a.conv1.weight.shape == (1, 4, 3, 3)
+    assert sum(s.constant for s in report.couplings) == 0
     _same(small, model, _image())
 
 

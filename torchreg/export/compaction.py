@@ -210,7 +210,8 @@ def _is_tensor(model: nn.Module, name: str) -> bool:
 def _constant(coupling: Coupling, gone: Tensor, tensors: Mapping[str, Tensor]) -> int:
     """How many channels that stay have no weights, only biases or shifts."""
     weights = [member for member in coupling.makers if tensors[member.name].ndim > 1]
-    return int((coupling.zero_channels(tensors, weights) & ~gone).sum())
+    zero = coupling.zero_channels(tensors, coupling.makers)  # the one that a dead layer keeps
+    return int((coupling.zero_channels(tensors, weights) & ~zero & ~gone).sum())
 
 
 def _layers(coupling: Coupling) -> tuple[str, ...]:
