@@ -156,6 +156,26 @@ def test_flat_parameters_are_shares_of_single_weights_only(optimizer):
         assert all("fully_shard" in message for message in messages)
 
 
+def _versions(optimizer):
+    """What autograd notices: a weight that is changed while it is still needed."""
+    model = Model(["l1"])
+    _fsdp(model)
+    opt = optimizers(
+        optimizer, torchreg.Regularizer(model, {"shared.weight": GroupLasso(1e-2, "columns"), "*": L1(0.1)})
+    )
+    term = torchreg.Regularizer(model, L1(0.1))()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        term.backward()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "rmda"])
+def test_a_step_is_seen_by_autograd(optimizer):
+    distributed.run(2, _versions, optimizer)
+
+
 def _refusals():
     model = Model(["l1"])
     reg = torchreg.Regularizer(model, L1(1e-3))

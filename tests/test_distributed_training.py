@@ -189,3 +189,43 @@ def test_tensor_parallel_and_sharded_layers(optimizer):
     }
     for worst in distributed.run(4, _two_dimensional, penalty, optimizer):
         _at_most(worst, 1e-10)
+
+
+def _sequence_parallel():
+    """Layers whose gradients arrive as sums that are still to be taken."""
+    from torch.distributed.tensor import Replicate, Shard, init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.a, self.b = torch.nn.LayerNorm(8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 8)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(self.norm(x))))
+
+    def trained(model):
+        rules = {"norm.weight": L1(0.05), "a.weight": GroupLasso(0.01, "columns"), "*.weight": L1(0.01)}
+        opt = torchreg.ProxSGD(torchreg.Regularizer(model, rules).param_groups(), lr=0.1, momentum=0.9)
+        for step in range(10):
+            opt.zero_grad()
+            model(torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            placed = {placement for p in model.parameters() for placement in getattr(p.grad, "placements", ())}
+            opt.step()
+        return {name: whole(p.detach()) for name, p in model.named_parameters()}, any(p.is_partial() for p in placed)
+
+    (alone, _), model = trained(Network()), Network()
+    plan = {
+        "norm": SequenceParallel(),
+        "a": ColwiseParallel(input_layouts=Shard(1)),
+        "b": RowwiseParallel(output_layouts=Replicate()),
+    }
+    many, partial = trained(parallelize_module(model, init_device_mesh("cpu", (2,)), plan))
+    assert partial
+    return {name: (alone[name] - many[name]).abs().max().item() for name in alone}
+
+
+def test_gradients_that_are_still_to_be_summed():
+    for worst in distributed.run(2, _sequence_parallel):
+        _at_most(worst, 1e-6)

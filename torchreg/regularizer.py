@@ -159,6 +159,9 @@ class Regularizer(nn.Module):
         """The penalty where weights are spread over processes: a plain tensor, the same in all of them."""
         chosen = [(penalty, some) for penalty, some in by_rule(a for a in self.assignments if a.trainable) if penalty]
         rules = [(penalty, [a.parameter for a in some]) for penalty, some in chosen if penalty is not None]
+        strengths = [s for penalty, _ in rules for s in penalty.strengths().values()]
+        if torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in strengths):
+            raise ValueError("Strengths can't be learned where parameters are sharded over processes.")
         return _ShardedTerm.apply(rules, self.strength_scale, *(p for _, weights in rules for p in weights))
 
     def attach(self, optimizer: Optimizer) -> PenaltyHandle:

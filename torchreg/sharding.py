@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+_PLAIN = {Tensor, nn.Parameter}
+
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -31,7 +33,11 @@ def is_sharded(t: Tensor) -> bool:
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether one of them is a DTensor."""
-    return any(map(is_sharded, tensors))
+    kinds = set(map(type, tensors))
+    if kinds <= _PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
 def is_flat(p: Tensor) -> bool:

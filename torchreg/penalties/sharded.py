@@ -56,7 +56,7 @@ def of_part(penalty: Penalty, p: Tensor) -> Penalty | None:
         if known is penalty and where is layout:
             return found
     found = None if penalty.is_joint else _of_part(penalty, p)
-    entries[:] = [*entries[-3:], (penalty, layout, found)]  # of a regularizer, an optimizer and a schedule
+    entries[:] = [*entries[-7:], (penalty, layout, found)]  # of a regularizer, an optimizer and a schedule
     return found
 
 
@@ -348,7 +348,7 @@ def _ready(penalty: Grouped, weights: Sequence[Tensor], parts: Any) -> tuple[Ten
             return found.gathered([arithmetic(part) for part in parts]), found
     assert isinstance(penalty.groups, Groups)
     cut = spanning(penalty.groups, weights)
-    entries[:] = [*entries[-3:], (key, layouts, cut)]
+    entries[:] = [*entries[-7:], (key, layouts, cut)]
     return cut.gathered([arithmetic(part) for part in parts]), cut
 
 
