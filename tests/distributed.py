@@ -67,7 +67,8 @@ def _answers(ranks):
 
 def _started():
     context = multiprocessing.get_context("forkserver")  # which imports torch once
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torchreg"])
+    parts = ("checkpoint.state_dict", "device_mesh", "fsdp", "tensor.debug", "tensor.parallel")
+    context.set_forkserver_preload(["torchreg", *(f"torch.distributed.{part}" for part in parts)])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
