@@ -42,7 +42,7 @@ def network(characters, layers=2):
     return Transformer(characters, layers)
 
 
-def batches(text, steps, size=32, seed=0):
+def batches(text, steps, size=16, seed=0):
     """Passages from anywhere in the text, and each one's next characters."""
     generator = torch.Generator().manual_seed(seed)
     passages = text.unfold(0, CONTEXT + 1, 1)

@@ -61,3 +61,50 @@ def test_monitor_sparsity_writes_a_run(tmp_path):
     assert {"sparsity/total", "loss/data", "loss/penalty", "threshold/group0"} <= set(tags["scalars"])
     assert "mask/0.weight" in tags["images"]
     assert "weights/0.weight" in tags["histograms"]
+
+
+def number(pattern: str, text: str) -> float:
+    return float(re.search(pattern, text).group(1).replace(",", ""))
+
+
+def test_compact_resnet_is_smaller_and_as_accurate_as_its_zeros(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pytest.importorskip("torch_pruning")
+    out = run("compact_resnet.py", "--epochs", "4", "--refit", "2", "--logdir", str(tmp_path))
+    assert 0.45 < 1 - number(r"total +448 +(\d+)", out) / 448 < 0.55
+    assert number(r"parameters +308,074 +([\d,]+)", out) < 308_074 / 2
+    assert number(r"FLOPs +1,519,104 +([\d,]+)", out) < 1_519_104 / 1.5
+    zeros, compacted = percent("zeros: test accuracy", out), percent("compacted: test accuracy", out)
+    assert compacted == zeros > 85
+    assert number(r"torch.export: outputs differ by at most (\S+)", out) < 1e-4
+    assert "ONNX: skipped" in out or number(r"ONNX Runtime: outputs differ by at most (\S+)", out) < 1e-4
+    assert number(r"compacted: a file of ([\d,]+)", out) < number(r"dense: a file of ([\d,]+)", out) / 2
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert {"compacted/parameters", "groups/5.conv1"} <= set(tags["scalars"])
+    assert "barcode/5.conv1" in tags["images"]
+
+
+def test_the_resnet_takes_images_from_a_file_and_filters_into_its_groups(tmp_path):
+    np = pytest.importorskip("numpy")
+    pytest.importorskip("torch_pruning")
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 256, (192, 9, 9), dtype=np.uint8), random.integers(0, 10, 192)
+    np.savez(tmp_path / "images.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    small = ("--epochs", "2", "--refit", "1", "--zeros", "0.1")
+    out = run("compact_resnet.py", "--data", str(tmp_path / "images.npz"), "--filters", *small)
+    assert "4.conv2" in out
+    assert "compacted: test accuracy" in out
+
+
+def test_compact_transformer_has_the_loss_of_its_zeros():
+    pytest.importorskip("torch_pruning")
+    out = run("compact_transformer.py", "--steps", "12", "--refit", "6")
+    alive = {name: int(count) for name, count in re.findall(r"(layers\.\d\.\w+) +shared +\d+ +(\d+)", out)}
+    assert alive["layers.0.self_attn"] + alive["layers.1.self_attn"] == 8
+    assert 240 <= alive["layers.0.linear1"] + alive["layers.1.linear1"] <= 272
+    assert number(r"parameters +[\d,]+ +([\d,]+)", out) < number(r"parameters +([\d,]+)", out) / 2
+    refitted, compacted = re.search(r"refitted: loss (\S+); compacted: loss (\S+)", out).groups()
+    assert float(refitted) == pytest.approx(float(compacted), abs=1e-3)
+    assert float(refitted) < 4.2
+    assert number(r"torch.export: outputs differ by (\S+)", out) < 1e-4
