@@ -27,8 +27,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="an .npz file")
     parser.add_argument("--samples", type=int, default=10_000, help="how many training images are used")
-    parser.add_argument("--epochs", type=int, default=4, help="with the penalty")
-    parser.add_argument("--refit", type=int, default=1, help="epochs without it")
+    parser.add_argument("--epochs", type=int, default=2, help="with the penalty")
+    parser.add_argument("--refit", type=int, default=3, help="epochs without it")
     parser.add_argument("--zeros", type=float, default=0.5, help="the fraction of the channels that is to go")
     parser.add_argument("--filters", action="store_true", help="penalise the filters of a channel, too")
     parser.add_argument("--logdir", type=Path, help="where TensorBoard finds which channels live")
@@ -61,7 +61,7 @@ def main():
         train(model, optimizer, x, y, args.epochs, after_step)
     print(torchreg.group_sparsity(reg), "\n")
     with torchreg.freeze_zeros(reg):
-        train(model, torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9), x, y, args.refit)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), x, y, args.refit)
 
     small, report = (result := compact(model.eval(), x[:1], seconds=2)).model, result.report
     print(report, "\n")
