@@ -156,6 +156,28 @@ def test_flat_parameters_are_shares_of_single_weights_only(optimizer):
         assert all("fully_shard" in message for message in messages)
 
 
+class Doubled(GroupLasso):
+    """A penalty of a user's own, whose proximal operator nothing is known of."""
+
+    def _shrunk(self, r, step):
+        return super()._shrunk(r, 2 * step)
+
+
+def _own_penalty(groups):
+    def trained(wrap):
+        model = wrap(Model(["l1"]))
+        opt = optimizers("sgd", torchreg.Regularizer(model, Doubled(1e-2, groups)))
+        train(model, opt, 5)
+        return [whole(p.detach()) for p in model.parameters()]
+
+    return max((a - b).abs().max().item() for a, b in zip(trained(lambda m: m), trained(_fsdp), strict=True))
+
+
+@pytest.mark.parametrize("groups", ["rows", "columns"])
+def test_a_penalty_of_the_user_s_own_sees_whole_weights(groups):
+    assert max(distributed.run(2, _own_penalty, groups)) < 1e-14
+
+
 def _versions(optimizer):
     """What autograd notices: a weight that is changed while it is still needed."""
     model = Model(["l1"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.assignments import Assignment, by_rule, clean_name, parameters_of, unwrapped
-from torchreg.penalties import Penalty, sharded
+from torchreg.penalties import Penalty, parts
 
 Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Parameter], bool] | Iterable[nn.Parameter]
 Rules = Penalty | Mapping[Any, Penalty | None] | Iterable[tuple[Selector, Penalty | None]]
@@ -141,7 +141,7 @@ def _check_penalised(a: Assignment, penalty: Penalty, *, explicit: bool) -> None
             f"on it is not one on the weight. Leave it alone with {exception}."
         )
     try:
-        sharded.check_flat(penalty, p)
+        parts.check_flat(penalty, p)
         penalty.check_weight(p)
     except (TypeError, ValueError) as error:
         raise type(error)(f"Parameter {a.name!r}: {error}") from None

@@ -148,19 +148,25 @@ class Layout:
         ``labels`` broadcasts to ``shape``. All processes come to the same answer.
         """
         for dim, owners in enumerate(self.owners):
+            own = dim - len(self.shape) + labels.ndim
             if owners is None:
                 continue
-            own = dim - len(self.shape) + labels.ndim
             if own < 0 or labels.shape[own] != self.shape[dim]:
                 return True
-            by_row = labels.cpu().movedim(own, 0).reshape(self.shape[dim], -1)
-            holders = owners[:, None].expand(by_row.shape).reshape(-1)
-            count = int(labels.max()) + 1 if labels.numel() else 0
-            least = holders.new_full((count,), len(owners)).scatter_reduce(0, by_row.reshape(-1), holders, "amin")
-            most = holders.new_full((count,), -1).scatter_reduce(0, by_row.reshape(-1), holders, "amax")
-            if bool((least != most).any()):
+            if self.splits_rows(dim, labels.movedim(own, 0).reshape(self.shape[dim], -1)):
                 return True
         return False
+
+    def splits_rows(self, dim: int, labels: Tensor) -> bool:
+        """As `splits`, of labels that have a row for each position along a dimension."""
+        owners = self.owners[dim]
+        if owners is None:
+            return False
+        holders, flat = owners[:, None].expand(labels.shape).reshape(-1), labels.reshape(-1).cpu()
+        count = int(flat.max()) + 1 if len(flat) else 0
+        least = holders.new_full((count,), len(owners)).scatter_reduce(0, flat, holders, "amin")
+        most = holders.new_full((count,), -1).scatter_reduce(0, flat, holders, "amax")
+        return bool(((least != most) & (most >= 0)).any())
 
 
 WHOLE = Layout(torch.Size(), [], [], ())

@@ -116,7 +116,7 @@ def joined(cuts: Sequence[Spanning]) -> Spanning:
     for cut in cuts:
         pieces += [dataclasses.replace(piece, start=piece.start + start) for piece in cut.pieces]
         start += cut.count
-    return Spanning(pieces, torch.cat([torch.as_tensor(cut.sizes) for cut in cuts]))
+    return Spanning(pieces, torch.cat([torch.as_tensor(cut.sizes).to(cuts[0].pieces[0].labels.device) for cut in cuts]))
 
 
 def spanning(groups: Groups, weights: Sequence[Tensor]) -> Spanning:
@@ -126,14 +126,14 @@ def spanning(groups: Groups, weights: Sequence[Tensor]) -> Spanning:
         labels = [_of_slices(m.labels, m.dim, w.ndim) for m, w in zip(groups.members, weights, strict=True)]
         numbered = [torch.where(label < 0, groups.total, label) for label in labels]
         pieces = [_piece(label, w, 0, runs.count) for label, w in zip(numbered, weights, strict=True)]
-        return Spanning(pieces, torch.as_tensor(runs.sizes), runs.loose)
+        return Spanning(pieces, torch.as_tensor(runs.sizes).to(pieces[0].labels.device), runs.loose)
     pieces, sizes, start = [], [], 0
     for w in weights:
         cut = groups.of(w.shape)
         pieces.append(_piece(cut.labels(w.shape), w, start, cut.count))
         sizes.append(torch.as_tensor(cut.sizes).expand(cut.count))
         start += cut.count
-    return Spanning(pieces, torch.cat(sizes))
+    return Spanning(pieces, torch.cat(sizes).to(pieces[0].labels.device))
 
 
 def _piece(labels: Tensor, w: Tensor, start: int, count: int) -> Piece:

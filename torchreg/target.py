@@ -18,6 +18,7 @@ from torchreg.optim.groups import acting, checked_scale
 from torchreg.penalties import sharded
 from torchreg.penalties.base import Step, host_scalar
 from torchreg.penalties.grouped import Grouped
+from torchreg.penalties.parts import of_part
 from torchreg.sampling import spread, taken
 from torchreg.scales import checked_count
 from torchreg.zeroing import longest_scale, nearest_quantile, zeroing_scale
@@ -49,7 +50,7 @@ class TargetSparsity:
     tune and nothing to wind up. ProxSGD and ProxAdamW work that out for a sample before the step.
 
     No step waits for a device: the quantile is taken there, of an evenly spread sample where there are more than 2¹⁶
-    weights. (Of weights that are sharded over processes all gather the samples of all, and come to the same threshold.)
+    weights. (Of weights that are sharded over processes all gather the samples of all, for which they wait.)
     If half a point is missing at ``until`` or later, a warning says so, on CUDA with a delay.
 
     Call ``step()`` after each ``optimizer.step()``; nothing advances inside it. The strengths of the penalties only
@@ -258,7 +259,7 @@ class TargetSparsity:
                 shape = sharding.local(origins[k]).shape
                 if isinstance(step, Tensor) and step.ndim and not point.positions:
                     step = taken(step.expand(shape), at)
-                penalty = sharded.of_part(point.group["penalty"], origins[k])
+                penalty = of_part(point.group["penalty"], origins[k])
                 assert penalty is not None  # of single weights
                 where = sharding.layout(origins[k])
                 parts.append((zeroing_scale(penalty, weight, step, shape, at), where))

@@ -18,8 +18,8 @@ from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.optim.preview import previewed
 from torchreg.penalties import L1
 from torchreg.penalties.base import HALF, Step
+from torchreg.penalties.parts import divided, spans
 from torchreg.penalties.separable import is_shrinkage
-from torchreg.penalties.sharded import divided, spans
 from torchreg.sharding import any_sharded, local
 
 _UNSHRUNK = L1(0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchreg.penalties import Penalty, from_dict, sharded
+from torchreg.penalties import Penalty, from_dict, parts
 from torchreg.penalties.base import host_scalar
 
 _SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
@@ -67,7 +67,7 @@ def check_penalized_params(group: Mapping[str, Any], index: int) -> None:
             raise ValueError(f"{where} is listed twice: it would be shrunk twice.")
         seen.add(id(p))
         try:
-            sharded.check_flat(penalty, p)
+            parts.check_flat(penalty, p)
             penalty.check_weight(p)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None

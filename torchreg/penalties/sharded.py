@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchreg import sharding
-from torchreg.groups import Blocks, Groups, Heads, Labels, Slices
+from torchreg.groups import Groups
 from torchreg.penalties import secular
 from torchreg.penalties.base import Penalty, Step, arithmetic, checked_step
 from torchreg.penalties.grouped import Grouped, over_step, remaining
-from torchreg.penalties.n_of_m import NM
-from torchreg.penalties.separable import L1, _is_zero, soft_threshold
+from torchreg.penalties.parts import adds_up, of_part
+from torchreg.penalties.separable import _is_zero, soft_threshold
 from torchreg.spanning import Spanning, joined, spanning
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -46,44 +46,6 @@ class Shrinking:
     steps: Sequence[Step]
 
 
-def of_part(penalty: Penalty, p: Tensor) -> Penalty | None:
-    """The penalty on the part of ``p`` that is here, or None if it depends on what other processes hold."""
-    if not sharding.is_sharded(p):
-        return None if penalty.is_joint else penalty
-    entries = _known.setdefault(p, [])
-    layout = sharding.layout(p)
-    for known, where, found in entries:
-        if known is penalty and where is layout:
-            return found
-    found = None if penalty.is_joint else _of_part(penalty, p)
-    entries[:] = [*entries[-7:], (penalty, layout, found)]  # of a regularizer, an optimizer and a schedule
-    return found
-
-
-def check_flat(penalty: Penalty, p: Tensor) -> None:
-    """Raise ``ValueError`` if a penalty needs the shape of a parameter that FSDP1 has flattened."""
-    if sharding.is_flat(p) and not (penalty.is_separable and not _by_weight(penalty)):
-        raise ValueError(
-            f"FullyShardedDataParallel has flattened the parameter into a share of one vector, in which "
-            f"{penalty.type_name} can't tell its weights apart: shard by torch.distributed.fsdp.fully_shard, which "
-            "keeps shapes."
-        )
-
-
-def divided(penalty: Penalty | None, weights: Sequence[Tensor]) -> list[tuple[Penalty | None, list[int] | None]]:
-    """The positions of the weights by the penalty on their parts (see `of_part`); None for all."""
-    found: dict[int, tuple[Penalty | None, list[int]]] = {}
-    for i, p in enumerate(weights):
-        own = None if penalty is None else of_part(penalty, p)
-        found.setdefault(id(own), (own, []))[1].append(i)
-    return [(own, indices if len(found) > 1 else None) for own, indices in found.values()]
-
-
-def spans(penalty: Penalty, weights: Sequence[Tensor]) -> bool:
-    """Whether the penalty on what is here of a weight depends on what other processes hold."""
-    return any(sharding.is_sharded(p) and of_part(penalty, p) is None for p in weights)
-
-
 def prox_all_(rules: Sequence[Shrinking]) -> None:
     """Overwrite the parts of all weights of these rules with the proximal operators."""
     together: list[tuple[Shrinking, list[int]]] = []
@@ -97,12 +59,12 @@ def prox_all_(rules: Sequence[Shrinking]) -> None:
                 own.prox_(part, step)
         if not crossing:
             continue
-        if isinstance(rule.penalty, Grouped):
+        if adds_up(rule.penalty):
             together.append((rule, crossing))
             continue
         chosen = [rule.weights[i] for i in crossing]
-        wholes = [_whole(rule.parts[i], rule.weights[i]) for i in crossing]
-        steps = [_whole(rule.steps[i], rule.weights[i]) for i in crossing]
+        wholes = [_gathered(rule.parts[i], rule.weights[i]) for i in crossing]
+        steps = [_gathered(rule.steps[i], rule.weights[i]) for i in crossing]
         rule.penalty.prox_all_(wholes, steps)
         for i, p, new in zip(crossing, chosen, wholes, strict=True):
             rule.parts[i].copy_(sharding.layout(p).part(new))
@@ -122,8 +84,8 @@ def value_all(rules: Sequence[tuple[Penalty, Sequence[Tensor]]]) -> Tensor:
                 values.append(own.value(sharding.local(p)))
                 layouts.append(sharding.layout(p))
         if crossing:
-            grouped = isinstance(penalty, Grouped)
-            values.append(_value(penalty, crossing) if grouped else penalty.value_all(_wholes(crossing)))
+            grouped = adds_up(penalty)
+            values.append(_value(penalty, crossing) if grouped else penalty.value_all(_all_gathered(crossing)))
             layouts.append(sharding.WHOLE)
     total, *others = sharding.summed(_added(values, layouts), list(dict.fromkeys(layouts)))
     return sum((value.to(total.device) for value in others), start=total)
@@ -142,11 +104,11 @@ def grad_all(rules: Sequence[tuple[Penalty, Sequence[Tensor]]]) -> list[list[Ten
         found.append(grads)
         crossing = [i for i, own in enumerate(owns) if own is None]
         chosen = [weights[i] for i in crossing]
-        if chosen and isinstance(penalty, Grouped):
+        if chosen and adds_up(penalty):
             r = penalty.ready(*_ready(penalty, chosen, map(sharding.local, chosen)))
             together.append((penalty, r, crossing, grads))
         elif chosen:
-            pulls = penalty.grad_all([arithmetic(w) for w in _wholes(chosen)])
+            pulls = penalty.grad_all([arithmetic(w) for w in _all_gathered(chosen)])
             grads.update((i, sharding.layout(weights[i]).part(g)) for i, g in zip(crossing, pulls, strict=True))
     if together:
         cut = joined([r.cut for _, r, _, _ in together])
@@ -167,13 +129,13 @@ def residual_all(penalty: Penalty, weights: Sequence[Tensor], grads: Sequence[Te
             found[i] = own.optimality_residual(sharding.local(p), sharding.beside(grad, p))
     crossing = [i for i in range(len(weights)) if i not in found]
     chosen = [weights[i] for i in crossing]
-    if chosen and isinstance(penalty, Grouped):
+    if chosen and adds_up(penalty):
         r = penalty.ready(*_ready(penalty, chosen, map(sharding.local, chosen)))
         assert isinstance(r.cut, Spanning)
         slopes = [arithmetic(sharding.beside(grads[i], weights[i])) for i in crossing]
         found.update(zip(crossing, r.cut.parted(penalty._residual(r, r.cut.gathered(slopes))), strict=True))
     elif chosen:
-        residuals = penalty.residual_all(_wholes(chosen), _wholes([grads[i] for i in crossing]))
+        residuals = penalty.residual_all(_all_gathered(chosen), _all_gathered([grads[i] for i in crossing]))
         found.update((i, sharding.layout(weights[i]).part(r)) for i, r in zip(crossing, residuals, strict=True))
     return [found[i] for i in range(len(weights))]
 
@@ -188,7 +150,7 @@ def strengths_max(penalty: Penalty, weights: Sequence[Tensor], grads: Sequence[T
         else:
             found.append(own.strength_max(sharding.beside(grad, p)))
             layouts.append(sharding.layout(p))
-    if crossing and isinstance(penalty, Grouped):
+    if crossing and adds_up(penalty):
         chosen = [p for p, _ in crossing]
         unit = penalty._unit()
         r = unit.ready(*_ready(penalty, chosen, [sharding.beside(grad, p) for p, grad in crossing]))
@@ -198,7 +160,7 @@ def strengths_max(penalty: Penalty, weights: Sequence[Tensor], grads: Sequence[T
         found.append(factors.max() if factors.numel() else r.x.real.new_zeros(()))
         layouts.append(sharding.WHOLE)
     elif crossing:
-        found += penalty.strengths_max(_wholes([grad for _, grad in crossing]))
+        found += penalty.strengths_max(_all_gathered([grad for _, grad in crossing]))
         layouts += [sharding.WHOLE] * (len(found) - len(layouts))
     return sharding.largest(found, layouts)
 
@@ -233,41 +195,6 @@ def alive_groups(penalty: Grouped, weights: Sequence[Tensor]) -> Tensor:
         return penalty.alive_groups(weights)
     x, cut = _ready(penalty, weights, map(sharding.local, weights))
     return (cut.maxima((x != 0).to(x.real.dtype)) > 0)[: cut.count - cut.loose]
-
-
-def _of_part(penalty: Penalty, p: Tensor) -> Penalty | None:
-    layout = sharding.layout(p)
-    if not layout.here:
-        return L1(0.0)
-    if penalty.is_separable:
-        return penalty._with_strengths(lambda s: sharding.beside(s, p)) if _by_weight(penalty) else penalty
-    if not layout.groups:
-        return penalty
-    if isinstance(penalty, Grouped):
-        return _of_groups(penalty, p)
-    if isinstance(penalty, NM):
-        rows = layout.rows[penalty._axis(p.shape)]
-        return penalty if rows is None else None
-    return None
-
-
-def _of_groups(penalty: Grouped, p: Tensor) -> Grouped | None:
-    groups, layout = penalty.groups, sharding.layout(p)
-    assert isinstance(groups, Groups)
-    labels = groups.of(p.shape).labels(p.shape)
-    if layout.splits(labels):
-        return None
-    here = layout.part(labels)
-    whole = isinstance(groups, Slices | Blocks) or (isinstance(groups, Heads) and layout.rows[groups.dim] is None)
-    if whole or not sharding.local(p).numel():
-        return penalty._with_groups(Slices(())) if not sharding.local(p).numel() else penalty
-    return penalty._with_groups(Labels(here.unique(return_inverse=True)[1].to(sharding.local(p).device)))
-
-
-def _by_weight(penalty: Penalty) -> bool:
-    """Whether there are strengths of each weight, or such as are DTensors."""
-    strengths = [s for s in penalty.strengths().values() if isinstance(s, Tensor)]
-    return any(s.ndim or sharding.is_sharded(s) for s in strengths)
 
 
 def _shrink(rules: Sequence[tuple[Shrinking, list[int]]]) -> None:
@@ -369,11 +296,11 @@ def _added(values: Sequence[Tensor], layouts: Sequence[sharding.Layout]) -> list
     return list(totals.values())
 
 
-def _wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _all_gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [sharding.whole(t) for t in tensors]
 
 
-def _whole(part: Any, p: Tensor) -> Any:
+def _gathered(part: Any, p: Tensor) -> Any:
     """All of what is laid out like ``p``; one number as it is. A new tensor."""
     if not isinstance(part, Tensor) or (part.ndim == 0 and p.ndim):
         return part
