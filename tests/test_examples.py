@@ -108,3 +108,24 @@ def test_compact_transformer_has_the_loss_of_its_zeros():
     assert float(refitted) == pytest.approx(float(compacted), abs=1e-3)
     assert float(refitted) < 4.2
     assert number(r"torch.export: outputs differ by (\S+)", out) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["resnet", "transformer"])
+def test_the_page_on_smaller_models_quotes_what_the_examples_printed(name):
+    printed = (EXAMPLES.parent / f"benchmarks/results/compact-{name}.txt").read_text(encoding="utf-8")
+    page = (EXAMPLES.parent / "docs/smaller.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| a {name}".replace("resnet", "ResNet")))
+    for what in ("parameters", "FLOPs", "latency"):
+        before, after = re.search(rf"^{what} +([\d.,]+)(?: ms)? +([\d.,]+)", printed, re.MULTILINE).groups()
+        assert f"| {before} → {after} |" in row
+    dense, compacted = (
+        re.search(rf"{which}: (?:test accuracy|loss) ([\d.]+%?)", printed)[1] for which in ("dense", "compacted")
+    )
+    assert row.endswith(f"| {dense} | {compacted} |")
+
+
+def test_the_page_quotes_the_run_with_filters():
+    printed = (EXAMPLES.parent / "benchmarks/results/compact-resnet-filters.txt").read_text(encoding="utf-8")
+    page = (EXAMPLES.parent / "docs/smaller.md").read_text(encoding="utf-8")
+    accuracy = re.search(r"compacted: test accuracy ([\d.]+)%", printed)[1]
+    assert f"{accuracy} % right, but {re.search(r'FLOPs +[\d,]+ +([\d,]+)', printed)[1]} FLOPs" in page
