@@ -128,4 +128,5 @@ def test_the_page_quotes_the_run_with_filters():
     printed = (EXAMPLES.parent / "benchmarks/results/compact-resnet-filters.txt").read_text(encoding="utf-8")
     page = (EXAMPLES.parent / "docs/smaller.md").read_text(encoding="utf-8")
     accuracy = re.search(r"compacted: test accuracy ([\d.]+)%", printed)[1]
-    assert f"{accuracy} % right, but {re.search(r'FLOPs +[\d,]+ +([\d,]+)', printed)[1]} FLOPs" in page
+    flops = re.search(r"FLOPs +[\d,]+ +([\d,]+)", printed)[1]
+    assert f"{accuracy} % right, but {flops} FLOPs" in page
