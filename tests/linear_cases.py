@@ -70,3 +70,14 @@ def relative_gap(x: Any, y: Any, w: Any, intercept: float, alpha: float, l1_rati
     energy = residual @ residual / n + l2 * (w @ w)
     primal = 0.5 * energy + l1 * np.abs(w).sum()
     return float((primal - scale * (residual @ y) / n + 0.5 * scale**2 * energy) / (y @ y / n))
+
+
+def large_sparse_case(seed: int = 0) -> tuple[Any, Any]:
+    """A sparse matrix large enough for coordinate descent."""
+    from scipy import sparse
+
+    rng = np.random.default_rng(seed)
+    x = sparse.random(
+        1500, 2000, density=0.01, format="csc", random_state=seed, data_rvs=lambda k: rng.uniform(0.1, 2, k)
+    )
+    return x, x[:, :50] @ rng.uniform(1, 3, 50) + rng.standard_normal(1500) + 1

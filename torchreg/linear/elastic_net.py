@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from torchreg.linear.design import Design
-from torchreg.linear.inputs import Data, read
+from torchreg.linear.inputs import Data, read, refuse_infinite
 from torchreg.linear.paths import enet_path, warn_if_far
 from torchreg.linear.precomputed import gram_of
 from torchreg.linear.problem import NOT_FINITE, Problem, Strength
@@ -163,18 +163,24 @@ class ElasticNet(TensorPrediction, sklearn.linear_model.ElasticNet):
                 "estimator",
                 stacklevel=2,
             )
-        data = read(self, X, y, sample_weight, check_input)
+        data = read(self, X, y, sample_weight, check_input, finite=False)
         design, mean = data.design(self.fit_intercept, overwrite=not self.copy_X)
         targets, target_mean = data.targets(self.fit_intercept)
         gram = gram_of(self.precompute, design, mean, check_input)
         if gram is None and len(targets) > 1 and is_narrow(design, len(targets)):
             gram = design.gram()
-        found = [self._solve(design, z, start, gram) for z, start in zip(targets, self._starts(data), strict=True)]
+        found = [
+            self._solve(data, design, z, start, gram) for z, start in zip(targets, self._starts(data), strict=True)
+        ]
         self._keep(data, found, mean, target_mean)
         return self
 
-    def _solve(self, design: Design, target: Tensor, start: Tensor | None, gram: Tensor | bool | None) -> Solution:
+    def _solve(
+        self, data: Data, design: Design, target: Tensor, start: Tensor | None, gram: Tensor | bool | None
+    ) -> Solution:
         problem = Problem(design, target, self.positive)
+        if not bool(problem.moment.isfinite().all()):  # as are those of any column that holds NaN or infinity
+            refuse_infinite(self, data.x if data.home or not isinstance(data.x, Tensor) else data.x.cpu().numpy())
         strength = Strength(self.alpha * self.l1_ratio, self.alpha * (1 - self.l1_ratio))
         (solution,) = solve(problem, [strength], limit=self.max_iter or 1000, start=start, gram=gram)
         warn_if_far(solution.gap, problem.power, design.eps, self.tol)

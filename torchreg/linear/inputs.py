@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
+from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import _check_sample_weight, check_array, validate_data
 from torch import Tensor
 
 from torchreg.linear.design import Dense, Design, weighted_mean
 from torchreg.linear.sparse_design import Sparse, sparse_mean
 
+_INFINITE = "Input {} contains NaN or infinity."
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -65,14 +67,22 @@ class Data:
         return t.cpu().numpy() if self.home is None else t.to(self.home)
 
 
-def read(estimator: Any, x: Any, y: Any, sample_weight: Any = None, check_input: bool = True) -> Data:
+def read(
+    estimator: Any, x: Any, y: Any, sample_weight: Any = None, check_input: bool = True, finite: bool = True
+) -> Data:
     """Check the data of a fit, and note the features on the estimator.
+
+    Args:
+        estimator: for which they are checked; its `device` and `dtype` say where they are to be, and as what.
+        x, y, sample_weight: as users give them.
+        check_input: False for arrays that have been checked.
+        finite: False to leave X's values to `refuse_infinite`, later: that saves a pass over X.
 
     Raises:
         ValueError, TypeError: as scikit-learn does, for shapes that don't match, NaN, infinity or no data.
     """
     if isinstance(x, Tensor):
-        return _read_tensors(estimator, x, y, sample_weight)
+        return _read_tensors(estimator, x, y, sample_weight, finite)
     dtype = _dtype(estimator.dtype)
     dtypes = [np.float64, np.float32] if dtype is None else np.dtype(str(dtype).removeprefix("torch.")).type
     y = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
@@ -87,8 +97,9 @@ def read(estimator: Any, x: Any, y: Any, sample_weight: Any = None, check_input:
             multi_output=True,
             y_numeric=True,
             accept_large_sparse=False,
+            ensure_all_finite=finite or not isinstance(x, np.ndarray),
         )
-        y = check_array(y, dtype=x.dtype.type, ensure_2d=False)
+        y = check_array(y, dtype=x.dtype.type, ensure_2d=False, input_name="y")
     elif sample_weight is None and not sparse.issparse(x) and not x.flags.f_contiguous:
         raise ValueError("Expected X in columns (Fortran order) with check_input=False, got it in rows.")
     if isinstance(sample_weight, numbers.Number):
@@ -105,7 +116,17 @@ def read(estimator: Any, x: Any, y: Any, sample_weight: Any = None, check_input:
     return Data(matrix, targets.reshape(len(targets), -1), y.ndim == 1, weights, None, writeable)
 
 
-def _read_tensors(estimator: Any, x: Tensor, y: Any, sample_weight: Any) -> Data:
+def refuse_infinite(estimator: Any, x: Any) -> None:
+    """Raise scikit-learn's error if X holds NaN or infinity."""
+    if isinstance(x, Tensor):
+        if not bool(x.isfinite().all()):
+            raise ValueError(_INFINITE.format("X"))
+    else:
+        values = x.data if sparse.issparse(x) else x
+        assert_all_finite(values, estimator_name=type(estimator).__name__, input_name="X")
+
+
+def _read_tensors(estimator: Any, x: Tensor, y: Any, sample_weight: Any, finite: bool) -> Data:
     if x.ndim != 2:
         raise ValueError(f"Expected 2D array, got {x.ndim}D tensor instead: X has shape {tuple(x.shape)}.")
     if 0 in x.shape:
@@ -127,9 +148,9 @@ def _read_tensors(estimator: Any, x: Tensor, y: Any, sample_weight: Any) -> Data
             f"y {tuple(y.shape)}."
         )
     values = matrix if isinstance(matrix, Tensor) else torch.from_numpy(matrix.data)
-    for name, t in (("X", values), ("y", y)):
+    for name, t in (("X", values), ("y", y)) if finite else (("y", y),):
         if not bool(t.sum().isfinite()) and not bool(t.isfinite().all()):
-            raise ValueError(f"Input {name} contains NaN or infinity.")
+            raise ValueError(_INFINITE.format(name))
     if sample_weight is None or isinstance(sample_weight, numbers.Number):
         weights = None
     else:

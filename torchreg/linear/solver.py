@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
+from torchreg.linear import coordinate_descent
+from torchreg.linear.coordinate_descent import solve_by_coordinates
 from torchreg.linear.design import Dense, Design
 from torchreg.linear.full_gram import solve_on_gram
 from torchreg.linear.problem import NOT_FINITE, Problem, Strength
 from torchreg.linear.solution import Solution
+from torchreg.linear.sparse_design import Sparse
 from torchreg.linear.working_set import solve_one, solve_path
 
+_POLISHED = 1000  # non-zero coefficients of sparse data, up to which Newton steps take them to the last digit
+_SWEEPS = 10  # of coordinate descent, for one step that users allow
 _NARROW = 256  # columns whose Gram matrix costs less than the passes over X that it saves
 _PER_STRENGTH = 16  # and as many more for each further strength
 
@@ -41,9 +47,20 @@ def solve(
     known = gram if isinstance(gram, Tensor) else None
     if known is not None or gram is True or is_narrow(problem.design, len(strengths)):
         return solve_on_gram(problem, strengths, limit, start, known)
+    if _by_coordinates(problem.design, strengths):
+        found = solve_by_coordinates(problem, strengths, _SWEEPS * limit, start)
+        if len(strengths) > 1 or torch.count_nonzero(found[0].values) > _POLISHED:
+            return found
+        start = found[0].values
     if len(strengths) == 1:
         return [solve_one(problem, strengths[0], limit, start)]
     return list(solve_path(problem, strengths, limit, start))
+
+
+def _by_coordinates(design: Design, strengths: list[Strength]) -> bool:
+    """Whether sparse columns are so many that the Gram matrix of those needed may become large."""
+    many = isinstance(design, Sparse) and min(design.features, design.samples) > _POLISHED
+    return many and strengths[-1].l1 > 0 and coordinate_descent.unavailable() is None
 
 
 def is_narrow(design: Design, solutions: int) -> bool:

@@ -87,7 +87,10 @@ class Check:
         self.working, self.w, self.strengths = working, torch.stack(w), strengths
         problem = working.problem
         self.residuals = working.residuals(self.w)
-        self.pull = problem.design.correlations(self.residuals)
+        if self.w.shape[1]:
+            self.pull = problem.design.correlations(self.residuals)
+        else:
+            self.pull = problem.moment.expand(len(self.w), -1)
         self._l1 = self.pull.new_tensor([s.l1 for s in strengths]).unsqueeze(1)
 
     def forces(self) -> Tensor:
