@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -637,3 +638,15 @@ def test_prox_and_value_can_be_vectorised_over_a_batch(make, kind):
         together = torch.func.vmap(method)(batch, *args)
         for i in range(3):
             torch.testing.assert_close(together[i], method(batch[i], *(a[i] for a in args)))
+
+
+@pytest.mark.parametrize("build", [ProxSGD, ProxAdamW])
+def test_hyperparameters_may_be_numpys_numbers(build):
+    found = []
+    for lr, strength in ((np.float64(0.1), np.float32(0.5)), (0.1, 0.5)):
+        w = nn.Parameter(torch.linspace(-1, 1, 12).view(4, 3))
+        w.grad = torch.ones(4, 3)
+        build([w], lr=lr, penalty=GroupLasso(strength, "rows")).step()
+        found.append(w.detach())
+    assert torch.equal(*found)
+    assert torch.equal(GroupLasso(0.5).prox(w, np.float64(0.3)), GroupLasso(0.5).prox(w, 0.3))

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,9 @@ def number(group: Mapping[str, Any], key: str) -> float | Tensor:
     value = group[key]
     if isinstance(value, Tensor) and group["capturable"]:
         return value.reshape(())
-    return float(value) if isinstance(value, bool) else scalar(value)
+    if isinstance(value, (bool, np.number)):  # comparisons with numpy's give what tensors can't compute with
+        return float(value)
+    return scalar(value)
 
 
 def read(lr: float | Tensor, group: Mapping[str, Any]) -> float | Tensor:

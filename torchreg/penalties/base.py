@@ -99,7 +99,7 @@ def like(value: Strength | Step, w: Tensor) -> Strength | Step:
     """
     value = host_scalar(value)
     if not isinstance(value, Tensor):
-        return value if isinstance(value, float) else float(value)
+        return value if type(value) is float else float(value)  # numpy's is one that tensors can't compute with
     return value.to(device=w.device, dtype=w.dtype.to_real() if w.is_complex() else w.dtype)
 
 
