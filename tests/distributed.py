@@ -72,6 +72,7 @@ def _started():
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
     return process, ours
 
 

@@ -53,7 +53,8 @@ def _saved(path, optimizer, flat):
     return _weights(model)
 
 
-def _resumed(path, optimizer, flat):
+def _resumed(path, optimizer, flat, again=None):
+    """What the weights become from the checkpoint on; ``again`` is where another one is written first."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -68,6 +69,8 @@ def _resumed(path, optimizer, flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     set_optimizer_state_dict(model, opt, states["optim"], options=options)
     assert float(reg.strength_scale) == 0.5
+    if again is not None:
+        dcp.save(_states(model, opt, flat), checkpoint_id=again)
     train(model, opt, 4, start=4)
     return _weights(model)
 
@@ -75,9 +78,11 @@ def _resumed(path, optimizer, flat):
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "rmda"])
 def test_two_processes_save_and_four_and_one_go_on(tmp_path, optimizer, flat):
-    want = distributed.run(2, _saved, str(tmp_path), optimizer, flat)[0]
-    for ranks in (4, 1):
-        for got in distributed.run(ranks, _resumed, str(tmp_path), optimizer, flat):
+    first, second = str(tmp_path / "of two"), str(tmp_path / "of four")
+    want = distributed.run(2, _saved, first, optimizer, flat)[0]
+    four = distributed.run(4, _resumed, first, optimizer, flat, second)
+    for path in (first, second):
+        for got in [*four, *distributed.run(1, _resumed, path, optimizer, flat)]:
             assert {n: abs(want[n] - got[n]).max() for n in want if not abs(want[n] - got[n]).max() < 1e-12} == {}
 
 

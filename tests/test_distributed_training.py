@@ -77,13 +77,19 @@ def test_training_by_several_processes_is_that_of_one(optimizer):
         assert all((first[n] == second[n]).all() for n in first)
 
 
+def test_four_processes_some_of_which_hold_nothing_of_a_layer():
+    for ((worst, _),) in distributed.run(4, _compared, "adamw", (_fsdp,), torch.float64, False, 10):
+        _at_most(worst, 1e-12)
+
+
 def test_hybrid_sharding_reduces_within_a_replica():
     for ((worst, _),) in distributed.run(4, _compared, "sgd", (_hybrid,), torch.float64, False, 10):
         _at_most(worst, 1e-12)
 
 
-def test_shares_of_a_batch_give_the_whole_batch_s_weights_in_float32():
-    for found in distributed.run(2, _compared, "sgd", (_fsdp, _ddp), torch.float32, True):
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+def test_shares_of_a_batch_give_the_whole_batch_s_weights_in_float32(optimizer):
+    for found in distributed.run(2, _compared, optimizer, (_fsdp, _ddp), torch.float32, True):
         for worst, _ in found:
             _at_most(worst, 1e-6)
 
