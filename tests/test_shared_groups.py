@@ -109,6 +109,37 @@ def test_what_an_earlier_rule_takes_is_left_out_of_its_groups():
     assert torch.allclose(reg(), expected)
 
 
+def _two_layers():
+    """The units of two layers as groups in parts, of which an earlier rule takes the first layer's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    members = [Member("0.weight", 0, UNIT), Member("2.weight", 0, 6 + UNIT[:5]), Member("2.bias", 0, 6 + UNIT[:5])]
+    return model, Shared(members, parts=[("0", 6), ("2", 5)])
+
+
+def test_a_group_whose_members_all_go_elsewhere_is_none():
+    model, units = _two_layers()
+    reg = torchreg.Regularizer(model, {"0.*": None, units: GroupLasso(0.1, units)})
+    (entry,) = torchreg.group_sparsity(reg).entries
+    assert (entry.name, entry.count, entry.alive) == ("2", 5, 5)
+    rows = torch.cat([model[2].weight, model[2].bias[:, None]], 1)
+    assert torch.allclose(reg(), 0.1 * 7**0.5 * rows.norm(dim=1).sum())
+    optimizer = torchreg.ProxSGD(reg.param_groups(), lr=0.1)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert penalties.from_dict(state["param_groups"][0]["penalty"]) == optimizer.param_groups[0]["penalty"]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "rule"])
+def test_a_fraction_is_of_the_groups_that_are_left(scope):
+    model, units = _two_layers()
+    reg = torchreg.Regularizer(model, {"0.*": None, units: TopK(fraction=0.4, groups=units, scope=scope)})
+    optimizer = torchreg.ProxSGD(reg.param_groups(), lr=0.1)
+    model(torch.ones(2, 4).double()).sum().backward()
+    optimizer.step()
+    assert torchreg.group_sparsity(reg).total.alive == 2
+
+
 def test_the_order_of_members_does_not_matter():
     model = _model()
     turned = Shared(UNITS.members[::-1])
@@ -243,6 +274,8 @@ def test_groups_that_do_not_fit_are_refused():
         Shared([])
     with pytest.raises(ValueError, match="Group 1 of 3 has no slice"):
         Shared([Member("a", 0, torch.tensor([0, 2]))])
+    with pytest.raises(ValueError, match="to have 6 groups together, got 7"):
+        Shared([Member("a", 0, UNIT)], parts=[("x", 6), ("y", 1)])
     with pytest.raises(ValueError, match="label -2"):
         Member("a", 0, torch.tensor([0, -2]))
     with pytest.raises(TypeError, match="int64 vector"):

@@ -100,6 +100,29 @@ def test_the_target_may_be_a_fraction_of_the_groups(build, rules):
     assert report.fraction == pytest.approx(aim.reached()["all"])
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_groups_of_frozen_weights_do_not_count(frozen):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 5))
+    units = Shared(
+        [Member("0.weight", 0, torch.arange(30)), Member("2.weight", 0, 30 + torch.arange(5))],
+        parts=[("0", 30), ("2", 5)],
+    )
+    model[0].requires_grad_(not frozen)
+    rules = GroupLasso(1e-3, units) if frozen else {"0.*": None, units: GroupLasso(1e-3, units)}
+    optimizer = torchreg.ProxSGD(torchreg.Regularizer(model, rules).param_groups(), lr=0.1)
+    aim = torchreg.TargetSparsity(optimizer, 0.5, until=5, of="groups")
+    assert aim.reached() == {"all": 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # half of five is missed by half a group, which is no reason to warn
+        for _ in range(8):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            aim.step()
+    assert (model[2].weight == 0).all(1).sum() in (2, 3)
+
+
 def test_a_target_of_groups_wants_groups():
     w = nn.Parameter(torch.ones(4, 3))
     with pytest.raises(ValueError, match="has L1, which has no groups"):

@@ -36,23 +36,26 @@ class Goal:
     @torch.no_grad()
     def zero_groups(self) -> Tensor:
         """The fraction of the groups of weights that are all zero: a float64 0-d tensor."""
-        alive = [
-            sharded.alive_groups(group["penalty"].restricted(chosen), [group["params"][i].detach() for i in chosen])
-            for group in self.scales.groups()
-            if (chosen := [i for i, p in enumerate(group["params"]) if p.requires_grad and p.numel()])
-        ]
+        alive = [sharded.alive_groups(penalty, [w.detach() for w in some]) for penalty, some in self._grouped()]
         counts = torch.stack([a.sum().to(alive[0].device) for a in alive])
         return 1 - counts.sum().double() / max(1, sum(map(len, alive)))
 
     def grain(self) -> float:
         """The largest fraction of them that becomes zero at once."""
+        shaped = [(penalty, [p.shape for p in some]) for penalty, some in self._grouped()]
         if self.of == "groups":
-            return 1 / max(
-                1, sum(g["penalty"].count_groups([p.shape for p in g["params"]]) for g in self.scales.groups())
-            )
-        grouped = [group for group in self.scales.groups() if isinstance(group["penalty"], Grouped) and group["params"]]
-        largest = [group["penalty"].largest_group([p.shape for p in group["params"]]) for group in grouped]
+            return 1 / max(1, sum(penalty.count_groups(shapes) for penalty, shapes in shaped))
+        largest = [penalty.largest_group(shapes) for penalty, shapes in shaped]
         return max(largest, default=0) / max(1, sum(p.numel() for p in self.weights()))
+
+    def _grouped(self) -> list[tuple[Grouped, list[Tensor]]]:
+        """The penalties on groups, each with its trainable parameters that are not empty."""
+        return [
+            (group["penalty"].restricted(chosen), [group["params"][i] for i in chosen])
+            for group in self.scales.groups()
+            if isinstance(group["penalty"], Grouped)
+            and (chosen := [i for i, p in enumerate(group["params"]) if p.requires_grad and p.numel()])
+        ]
 
 
 def goals(optimizer: Any, target: Any, of: str) -> list[Goal]:

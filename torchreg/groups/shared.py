@@ -86,7 +86,7 @@ class Shared(Groups):
 
     A bare penalty with such groups applies to exactly the parameters that they name, and as a rule's key they select
     them: ``{shared: GroupLasso(1e-3, shared), WEIGHTS: L1(1e-4)}``. A member that is frozen, or that an earlier rule
-    takes, is left out of its groups.
+    takes, is left out of its groups, and a group without any other is none.
 
     Args:
         members: the parameters, each once.
@@ -123,7 +123,7 @@ class Shared(Groups):
             raise ValueError(f"Parameter {twice!r} is a member twice: groups that overlap have no proximal operator.")
         parts = tuple((str(name), checked_int("parts", count, least=0)) for name, count in self.parts)
         used = torch.bincount(torch.cat([m.labels[m.labels >= 0] for m in members]))
-        if parts and sum(count for _, count in parts) < len(used):
+        if parts and sum(count for _, count in parts) != len(used):
             raise ValueError(f"Expected the parts to have {len(used)} groups together, got {sum(c for _, c in parts)}.")
         if bool((used == 0).any()):
             raise ValueError(f"Group {int((used == 0).nonzero()[0])} of {len(used)} has no slice of any parameter.")
@@ -170,7 +170,7 @@ class Shared(Groups):
         return self._known[key]
 
     def bound(self, names: Sequence[str]) -> Shared:
-        """The same groups with the members of these names only, in this order.
+        """The groups that the members of these names have, with these members only, in this order.
 
         Raises:
             ValueError: if one of them is no member.
@@ -187,7 +187,7 @@ class Shared(Groups):
         return self._known[names]
 
     def restricted(self, positions: Sequence[int]) -> Shared:
-        """The same groups with the members at these positions only."""
+        """The groups that the members at these positions have, with these members only."""
         return self.bound([self.members[i].name for i in positions])
 
     def to_dict(self) -> dict[str, Any]:  # noqa: D102
@@ -202,9 +202,19 @@ class Shared(Groups):
         return f"{self.total} groups shared by {len(self.members)} parameters"
 
     def _with(self, members: Sequence[Member]) -> Shared:
-        """Some members of these groups, whose numbers they keep even where a group has none of them."""
+        """Some members of these groups; groups that none of them has are gone, and the others keep their order."""
+        held = torch.zeros(self.total, dtype=torch.bool)
+        for member in members:
+            held[member.labels[member.labels >= 0]] = True
+        members, parts = tuple(members), self.parts
+        if not bool(held.all()):
+            number = torch.cat([held.cumsum(0) - 1, torch.tensor([-1])])  # the last is that of the label −1
+            members = tuple(Member(m.name, m.dim, number[m.labels]) for m in members)
+            pieces = held.split([count for _, count in parts]) if parts else ()
+            left = [(name, int(piece.sum())) for (name, _), piece in zip(parts, pieces, strict=True)]
+            parts = tuple((name, count) for name, count in left if count)
         new = object.__new__(Shared)
-        for name, value in (("members", tuple(members)), ("parts", self.parts), ("_known", {"total": self.total})):
+        for name, value in (("members", members), ("parts", parts), ("_known", {"total": int(held.sum())})):
             object.__setattr__(new, name, value)
         return new
 
