@@ -14,7 +14,7 @@ import sklearn.linear_model
 
 import torchreg.linear
 
-FILES = ("test_coordinate_descent.py", "test_sparse_coordinate_descent.py")
+FILES = ("test_coordinate_descent.py", "test_sparse_coordinate_descent.py", "test_ridge.py")
 EXCEPTIONS = {
     "test_lasso_dual_gap": "compares seven digits of the duality gap with a formula; here both are rounding, 1e-16",
     "test_lassoCV_does_not_set_precompute": "replaces the Lasso in scikit-learn's private module, which is not ours",

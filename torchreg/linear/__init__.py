@@ -11,12 +11,16 @@ except ImportError:
 from torchreg.linear.cross_validation import ElasticNetCV, LassoCV
 from torchreg.linear.elastic_net import ElasticNet, Lasso
 from torchreg.linear.paths import alpha_max, enet_path, lasso_path
+from torchreg.linear.ridge import Ridge
+from torchreg.linear.ridge_cv import RidgeCV
 
 __all__ = [
     "ElasticNet",
     "ElasticNetCV",
     "Lasso",
     "LassoCV",
+    "Ridge",
+    "RidgeCV",
     "alpha_max",
     "enet_path",
     "lasso_path",
