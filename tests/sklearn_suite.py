@@ -1,4 +1,4 @@
-"""Scikit-learn's own tests of coordinate descent and ridge on torchreg's classes: ``python tests/sklearn_suite.py [-k ...]``.
+"""Scikit-learn's own tests of coordinate descent and ridge, on our classes: ``python tests/sklearn_suite.py [-k ...]``.
 
 They ship in scikit-learn's wheel. Our names are put in place of its own before the test modules import them. Tests of
 its private compiled solvers don't touch our classes, and multitask models are still scikit-learn's.
