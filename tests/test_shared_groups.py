@@ -140,6 +140,32 @@ def test_a_fraction_is_of_the_groups_that_are_left(scope):
     assert torchreg.group_sparsity(reg).total.alive == 2
 
 
+def test_parameters_that_share_groups_empty_at_one_strength():
+    model, units = _two_layers()
+    x = torch.randn(8, 4, dtype=torch.float64)
+
+    def loss():
+        return model(x).square().mean()
+
+    def apart(strength):
+        return torchreg.Regularizer(model, {units: GroupLasso(strength, units), "4.weight": L1(strength)})
+
+    strengths = torchreg.strength_max(apart(0.1), loss, per_parameter=True)
+    assert list(strengths) == ["0.weight", "2.weight", "2.bias", "4.weight"]
+    assert strengths["2.weight"] == strengths["2.bias"]
+    assert strengths["0.weight"] != strengths["2.weight"]
+    strength = strengths["2.bias"]
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.zero_()
+    grads = torch.autograd.grad(loss(), [model[2].weight, model[2].bias])
+    for factor, alive in ((1 + 1e-9, False), (1 - 1e-9, True)):  # where 0 is a minimum, its prox step stays there
+        rule = GroupLasso(strength * factor, units.bound(["2.weight", "2.bias"]))
+        moved = [-g for g in grads]
+        rule.prox_all_(moved, [1.0, 1.0])
+        assert any(bool(w.any()) for w in moved) == alive
+
+
 def test_the_order_of_members_does_not_matter():
     model = _model()
     turned = Shared(UNITS.members[::-1])

@@ -156,6 +156,38 @@ def test_examples_may_be_tuples_and_dicts(always_faster):
     assert to_sparse_csr(Two(), {"x": x, "shift": shift}).count == 1
 
 
+class _Head(nn.Module):
+    """What is returned beside the logits: a mask, masked logits and classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y, y > 0, y.masked_fill(torch.tensor([True, False, False]), -torch.inf), y.argmax(-1)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_outputs_may_be_masks_or_infinite_or_nan():
+    model, x = _Head(), torch.randn(5, 4)
+    assert to_sparse_csr(model, x).count == 1
+    with torch.no_grad():
+        model.layer.weight[0, 0] = torch.nan
+    assert to_sparse_csr(model, x).count == 1
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_infinite_outputs_hide_no_difference(monkeypatch):
+    forward = SparseLinear.forward
+    monkeypatch.setattr(SparseLinear, "forward", lambda layer, x: forward(layer, x) + 1)
+    model = nn.Sequential(nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].bias[0] = torch.inf
+    with pytest.raises(ValueError, match="outputs of the model change"):
+        to_sparse_csr(model, torch.randn(5, 4))
+
+
 def test_bad_input_is_refused():
     with pytest.raises(TypeError, match=r"`model` to be an nn\.Module, got Tensor"):
         to_sparse_csr(torch.ones(2), torch.ones(2))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchreg import sharding
 from torchreg.assignments import Assignment, PenalizedModel, by_rule, check_current
+from torchreg.groups import Shared
 from torchreg.penalties import Penalty, sharded
 from torchreg.penalties.base import host_scalar
 
@@ -74,7 +75,8 @@ def strength_max(
 
     In a network of several layers all-zero weights pass no gradient, so that the result is near zero and says little.
     ``per_parameter=True`` zeroes one parameter at a time instead, the others staying as they are: at which strength
-    this layer would empty now.
+    this layer would empty now. Parameters that share groups are zeroed together, as the penalty does, and have one
+    strength.
 
     Args:
         reg: the regularizer; its strengths do not matter, except for tensor-valued ones, whose factor it gives.
@@ -101,7 +103,11 @@ def strength_max(
     if not chosen:
         raise ValueError("The regularizer penalises no trainable parameter.")
     if per_parameter:
-        return {a.name: max(_strengths_max(reg, [a], closure), default=0.0) for a in chosen}
+        each = {}
+        for some in _apart(chosen):
+            strength = max(_strengths_max(reg, some, closure), default=0.0)
+            each.update({id(a): strength for a in some})
+        return {a.name: each[id(a)] for a in chosen}
     largest = _strengths_max(reg, chosen, closure)
     if not largest:
         raise ValueError("The closure's loss does not depend on the penalised parameters.")
@@ -124,6 +130,14 @@ def _residuals(
         factor = scale.to(grad.device, grad.real.dtype) if isinstance(scale, Tensor) else scale
         residuals.append(penalty.scaled(factor).optimality_residual(w, grad))
     return residuals
+
+
+def _apart(chosen: list[Assignment]) -> Iterator[list[Assignment]]:
+    """The parameters one by one, those that share groups together."""
+    for penalty, some in by_rule(chosen):
+        groups = getattr(penalty, "groups", None)
+        for positions in groups.connected() if isinstance(groups, Shared) else [[i] for i in range(len(some))]:
+            yield [some[i] for i in positions]
 
 
 def _strengths_max(reg: PenalizedModel, chosen: list[Assignment], closure: Callable[[], Tensor]) -> list[float]:

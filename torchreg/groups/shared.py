@@ -190,6 +190,17 @@ class Shared(Groups):
         """The groups that the members at these positions have, with these members only."""
         return self.bound([self.members[i].name for i in positions])
 
+    def connected(self) -> list[list[int]]:
+        """The positions of the members, those together that have groups in common, also by way of others."""
+        sets: list[tuple[list[int], set[int]]] = []
+        for i, member in enumerate(self.members):
+            positions, labels = [i], set(member.labels[member.labels >= 0].tolist())
+            for met in [s for s in sets if s[1] & labels]:
+                sets.remove(met)
+                positions, labels = met[0] + positions, met[1] | labels
+            sets.append((sorted(positions), labels))
+        return [positions for positions, _ in sets]
+
     def to_dict(self) -> dict[str, Any]:  # noqa: D102
         members = [{"name": m.name, "dim": m.dim, "labels": m.labels} for m in self.members]
         return {"type": "Shared", "members": members, "parts": [list(part) for part in self.parts]}
