@@ -5,7 +5,7 @@ MNIST ?= mnist.npz
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-sklearn lint format bench bench-compact bench-files bench-quality clean
+.PHONY: demo test test-sklearn lint format bench bench-compact bench-files bench-linear bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
@@ -35,6 +35,10 @@ bench-compact: $(VENV)/.dev
 bench-files: $(VENV)/.demo
 	$(BIN)/python benchmarks/sparse_files.py
 
+# In an environment of its own: adelie needs an older NumPy. About a quarter of an hour.
+bench-linear: $(VENV)-peers/.ready
+	$(VENV)-peers/bin/python benchmarks/linear.py
+
 # Up to an hour and a half. MNIST=path/to/mnist.npz says where the images are.
 bench-quality: $(VENV)/.demo
 	$(BIN)/python benchmarks/lenet.py --data $(MNIST)
@@ -42,7 +46,7 @@ bench-quality: $(VENV)/.demo
 	$(BIN)/python benchmarks/compare_routes.py
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-peers runs .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,4 +62,9 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt
 	$(INSTALL) ".[bench]"
+	touch $@
+
+$(VENV)-peers/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[sklearn]" celer skglm adelie
 	touch $@

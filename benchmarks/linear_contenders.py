@@ -143,6 +143,7 @@ def _adelie() -> dict[str, Solver]:
             early_exit=False,
             progress_bar=False,
             n_threads=1,
+            tol=1e-10,
         )
         return np.asarray(state.betas.todense()).T
 
