@@ -302,6 +302,9 @@ def test_groups_that_do_not_fit_are_refused():
         Shared([Member("a", 0, torch.tensor([0, 2]))])
     with pytest.raises(ValueError, match="to have 6 groups together, got 7"):
         Shared([Member("a", 0, UNIT)], parts=[("x", 6), ("y", 1)])
+    for parts in ([("x",)], [6], ["ab", "c"]):
+        with pytest.raises(TypeError, match="pairs of a name and a number of groups"):
+            Shared([Member("a", 0, UNIT)], parts=parts)
     with pytest.raises(ValueError, match="label -2"):
         Member("a", 0, torch.tensor([0, -2]))
     with pytest.raises(TypeError, match="int64 vector"):

@@ -429,3 +429,9 @@ def test_what_is_no_plain_tensor_is_refused_by_name(source, kind, words, path):
         save_sparse(source, path)
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        save_sparse({"w": torch.ones(2)}, tmp_path / "none" / "model.safetensors")
+    assert raised.value.filename == str(tmp_path / "none")

@@ -11,6 +11,7 @@ JSON without the checksums themselves.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -207,6 +208,8 @@ def _mode(target: Path) -> int | None:
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "No such directory", str(target.parent)) from None
         return None
     if not stat.S_ISREG(mode):
         raise ValueError(f"Expected the path of a file, but {str(target)!r} is a directory or a device.")

@@ -121,7 +121,7 @@ class Shared(Groups):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"Parameter {twice!r} is a member twice: groups that overlap have no proximal operator.")
-        parts = tuple((str(name), checked_int("parts", count, least=0)) for name, count in self.parts)
+        parts = tuple(map(_part, self.parts))
         used = torch.bincount(torch.cat([m.labels[m.labels >= 0] for m in members]))
         if parts and sum(count for _, count in parts) != len(used):
             raise ValueError(f"Expected the parts to have {len(used)} groups together, got {sum(c for _, c in parts)}.")
@@ -236,6 +236,12 @@ def _member(value: Any) -> Member:
     if not isinstance(value, Member):
         raise TypeError(f"Expected `members` to hold values of torchreg.groups.Member, got {type(value).__name__}.")
     return value
+
+
+def _part(value: Any) -> tuple[str, int]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"Expected `parts` to hold pairs of a name and a number of groups, got {value!r}.")
+    return str(value[0]), checked_int("parts", value[1], least=0)
 
 
 def _listed(names: Sequence[str]) -> str:
