@@ -156,7 +156,7 @@ def test_flat_parameters_are_shares_of_single_weights_only(optimizer):
         assert all("fully_shard" in message for message in messages)
 
 
-class Doubled(GroupLasso):
+class _Doubled(GroupLasso):
     """A penalty of a user's own, whose proximal operator nothing is known of."""
 
     def _shrunk(self, r, step):
@@ -166,7 +166,7 @@ class Doubled(GroupLasso):
 def _own_penalty(groups):
     def trained(wrap):
         model = wrap(Model(["l1"]))
-        opt = optimizers("sgd", torchreg.Regularizer(model, Doubled(1e-2, groups)))
+        opt = optimizers("sgd", torchreg.Regularizer(model, _Doubled(1e-2, groups)))
         train(model, opt, 5)
         return [whole(p.detach()) for p in model.parameters()]
 

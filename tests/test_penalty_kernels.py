@@ -299,7 +299,7 @@ def test_gradients_laid_out_otherwise_are_added_all_the_same(monkeypatch, spy):
         assert a.stride() == b.stride() == w.stride()
 
 
-class OwnValue(L1):
+class _OwnValue(L1):
     def value(self, w):
         return super().value(w) + 1
 
@@ -310,7 +310,7 @@ class Wrapped(Tensor):
 
 UNFIT = {
     "strengths per coordinate": lambda w: (L1(torch.rand(LARGE)), w),
-    "a value of its own": lambda w: (OwnValue(0.1), w),
+    "a value of its own": lambda w: (_OwnValue(0.1), w),
     "half precision": lambda w: (L1(0.1), w.bfloat16()),
     "complex": lambda w: (L1(0.1), torch.complex(w, w)),
     "few": lambda w: (L1(0.1), w[:2]),
