@@ -113,6 +113,12 @@ def test_first_builds_at_once_agree(compiler, cache):
     assert libraries(cache)
 
 
+def test_a_compiler_that_cannot_fetch_ahead_builds_without(compiler, runs):
+    compiler('case "$*" in *prefetch*) echo unknown option >&2; exit 1;; esac; exec "$REAL" "$@"')
+    assert toolchain.library("answer", SOURCE, streams=True).answer() == 42
+    assert runs() == 2
+
+
 def test_another_source_or_compiler_is_another_library(compiler, runs, cache):
     compiler()
     answer()

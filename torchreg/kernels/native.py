@@ -60,7 +60,7 @@ def run(name: str, plan: Plan) -> None:
 
 
 def _library(name: str) -> ctypes.CDLL:
-    return toolchain.library(name, _source(name))
+    return toolchain.library(name, _source(name), streams=True)
 
 
 @functools.cache
