@@ -1,11 +1,11 @@
-"""The command ``torchreg``: ``compare`` answers "L1 or L2?" on data, ``inspect`` counts the zeros of a checkpoint."""
+"""The command ``torchreg``: "L1 or L2?" on data, the zeros of a checkpoint, a linear model's path, a run as a page."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from torchreg.cli import compare, doctor, inspect
+from torchreg.cli import compare, doctor, inspect, path
 from torchreg.cli.arguments import Parser
 from torchreg.cli.output import CommandError, discard_output, print_error
 
@@ -66,5 +66,6 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     compare.add_parser(commands)
     inspect.add_parser(commands)
+    path.add_parser(commands)
     doctor.add_parser(commands)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,25 +69,35 @@ def load_npz(path: Path) -> Dataset:
     Raises:
         CommandError: if the file or an array is missing, malformed or not a classification problem.
     """
+    arrays = read_npz(path, ARRAYS)
+    return from_arrays(printable(path.stem), *(arrays[name] for name in ARRAYS))
+
+
+def read_npz(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """Arrays of an .npz file by their names, and the optional ones that it has. Nothing is unpickled.
+
+    Raises:
+        CommandError: if the file or a needed array is missing or malformed.
+    """
     check_file(path, f"--data {str(path)!r}")
     if not zipfile.is_zipfile(path):
         raise CommandError(f"--data {str(path)!r} is not an .npz file")
     try:
         with warnings.catch_warnings(), np.load(path, allow_pickle=False) as archive:
             warnings.simplefilter("ignore")
-            missing = [name for name in ARRAYS if name not in archive.files]
+            missing = [name for name in needed if name not in archive.files]
             if missing:
                 found = ", ".join(archive.files[:8]) or "nothing"
                 raise CommandError(f"--data {str(path)!r} has no array {', '.join(missing)}; it holds {found}")
-            arrays = [archive[name] for name in ARRAYS]
+            arrays = {name: archive[name] for name in (*needed, *optional) if name in archive.files}
     except CommandError:
         raise
     except Exception as error:  # a damaged archive can raise anything
         raise CommandError(f"--data {str(path)!r} can't be read: {reason(error)}") from None
-    for name, array in zip(ARRAYS, arrays, strict=True):
+    for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise CommandError(f"--data {str(path)!r}: {name} is not an array")
-    return from_arrays(printable(path.stem), *arrays)
+    return arrays
 
 
 def from_arrays(name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Dataset:

@@ -13,6 +13,7 @@ from torchreg.linear.elastic_net import ElasticNet, Lasso
 from torchreg.linear.paths import alpha_max, enet_path, lasso_path
 from torchreg.linear.ridge import Ridge
 from torchreg.linear.ridge_cv import RidgeCV
+from torchreg.one_standard_error import one_standard_error
 
 __all__ = [
     "ElasticNet",
@@ -24,4 +25,5 @@ __all__ = [
     "alpha_max",
     "enet_path",
     "lasso_path",
+    "one_standard_error",
 ]

@@ -1,4 +1,4 @@
-"""Figures of sparse weights: each function draws on the matplotlib axes it is given, and returns them."""
+"""Figures of sparse weights: how large they are, and which inputs a first layer reads."""
 
 from __future__ import annotations
 
@@ -9,25 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchreg.plots.style import NONZERO, SILENT, ZERO, open_axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NONZERO, ZERO, SILENT = "#3b6ea8", "#e07b39", "#d6d6d6"
 DECADES = (-12, 1)
 BINS_PER_DECADE = 4
 CHANNELS = (1, 3, 4)
-
-
-def require_matplotlib() -> None:
-    """Import matplotlib.
-
-    Raises:
-        ImportError: if it is missing; the message says how to install it.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ImportError("figures need matplotlib: pip install 'torchreg-sparse[plots]'") from None
 
 
 def weight_histogram(weights: Tensor | Iterable[Tensor], axes: Axes) -> Axes:
@@ -38,6 +27,12 @@ def weight_histogram(weights: Tensor | Iterable[Tensor], axes: Axes) -> Axes:
     Args:
         weights: a tensor or several, of any shape. NaN is left out, infinite values count as the largest.
         axes: where to draw.
+
+    >>> import torch
+    >>> from matplotlib.figure import Figure
+    >>> from torchreg import plots
+    >>> plots.weight_histogram(torch.tensor([0.0, 0.0, 1e-9, 0.5]), Figure().subplots()).texts[0].get_text()
+    '50.0 % exactly 0'
     """
     tensors = [weights] if isinstance(weights, Tensor) else list(weights)
     modulus = torch.cat([w.detach().abs().double().flatten().cpu() for w in tensors])
@@ -59,7 +54,7 @@ def weight_histogram(weights: Tensor | Iterable[Tensor], axes: Axes) -> Axes:
     share = zeros / max(1, modulus.numel())
     label = f"{100 * share:.1f} % exactly 0" if zeros else "none exactly 0"
     axes.text(0.03, 0.95, label, transform=axes.transAxes, va="top", color=ZERO, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
+    open_axes(axes)
     return axes
 
 
@@ -75,6 +70,14 @@ def inputs_read(weight: Tensor, axes: Axes, shape: tuple[int, ...] | None = None
 
     Raises:
         ValueError: if ``weight`` is not a matrix or ``shape`` does not hold its inputs.
+
+    >>> import torch
+    >>> from matplotlib.figure import Figure
+    >>> from torchreg import plots
+    >>> weight = torch.tensor([[0.0, 3.0, 0.0, 0.0], [0.0, 4.0, 1.0, 0.0]])
+    >>> print(plots.inputs_read(weight, Figure().subplots()).images[0].get_array())
+    [[-- 5.0]
+     [1.0 --]]
     """
     if weight.ndim != 2:
         raise ValueError(f"Expected `weight` to be a matrix (outputs × inputs), got the shape {tuple(weight.shape)}.")
