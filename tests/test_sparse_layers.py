@@ -8,6 +8,7 @@ from torch import nn
 
 from torchreg import NM, export
 from torchreg.export import SparseLinear, sparse_layers, to_semi_structured, to_sparse_csr
+from torchreg.export.surgery import replaced
 
 
 def _sparse(layer, zeros=0.95, seed=0):
@@ -222,3 +223,11 @@ def test_semi_structured_layers_compute_the_same_on_a_gpu():
 
 def test_the_names_are_public():
     assert {"SparseLinear", "to_sparse_csr", "to_semi_structured", "Converted"} <= set(export.__all__)
+
+
+def test_a_layer_is_replaced_wherever_it_is_registered():
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.ModuleDict({"first": layer, "again": layer, "inner": nn.Sequential(layer)})
+    assert replaced(model, layer, other) is model
+    assert model["first"] is model["again"] is model["inner"][0] is other
+    assert replaced(layer, layer, other) is other

@@ -61,6 +61,13 @@ class Cut(ABC):
     def spread(self, values: Tensor) -> Tensor:
         """The value of each group at all its weights: a tensor that broadcasts to arranged ones."""
 
+    def alive(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Which groups of the tensors cut together have a weight that is not zero: bool, without a loose one."""
+        nonzero = self.arranged(self.gathered([t != 0 for t in tensors]))
+        if isinstance(self.sizes, int) and self.sizes == 1:
+            return nonzero.reshape(-1)
+        return (self.sums(nonzero.float()) > 0)[: self.count - self.loose]
+
     def run(self, x: Tensor) -> int | None:
         """The size of the groups if each is a run of neighbours in the memory of the dense tensor ``x``, else None."""
         return None

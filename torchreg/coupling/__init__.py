@@ -18,7 +18,8 @@ from torchreg.coupling.heads import Attention
 from torchreg.coupling.probe import Probe
 from torchreg.coupling.stand_ins import Example, private_copy, traceable, undisturbed
 from torchreg.coupling.tracing import trace
-from torchreg.coupling.values import Coupling, Couplings, LeftAlone, Member
+from torchreg.coupling.values import Coupling, Couplings, LeftAlone
+from torchreg.groups import Member
 
 __all__ = ["Attention", "Coupling", "Couplings", "LeftAlone", "Member", "coupled_groups"]
 

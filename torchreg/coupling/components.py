@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchreg.coupling.layers import Layer, Role, Site, attention_sites, layer
 from torchreg.coupling.stand_ins import AttentionStandIn
 from torchreg.coupling.tracing import Trace
-from torchreg.coupling.values import Coupling, Member
+from torchreg.coupling.values import Coupling
+from torchreg.groups import Member
 
 Key = tuple[Any, ...]  # (space, index) of a channel, ("tensor", id, dim, index) of a slice
 

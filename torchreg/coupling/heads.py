@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.compacted.attention import ATTENTIONS
-from torchreg.coupling.values import Coupling, Member
+from torchreg.coupling.values import Coupling
+from torchreg.groups import Member
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.coupling.stand_ins import Example, output_tensors
-from torchreg.coupling.values import Coupling, Member
+from torchreg.coupling.values import Coupling
+from torchreg.groups import Member
 
 DRAWS = 8
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}

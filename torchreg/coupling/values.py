@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from torchreg import tables
-from torchreg.groups import Member as Member
-from torchreg.groups import Shared
+from torchreg.groups import Member, Shared
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.coupling.stand_ins import Example, undisturbed
-from torchreg.coupling.values import Coupling, Member
+from torchreg.coupling.values import Coupling
+from torchreg.groups import Member
 
 
 @dataclass

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.coupling.probe import Probe
-from torchreg.coupling.values import Coupling, Member
+from torchreg.coupling.values import Coupling
+from torchreg.groups import Member
 
 MOST_PATTERNS = 32
 """Ways in which only some of a channel's makers are zero that are tested for each coupling."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg import tables
+from torchreg.export.surgery import replaced
 
 _ROUNDS, _SHORTEST = 9, 2e-4
 """Interleaved measurements, and the seconds that each of them takes at least."""
@@ -172,11 +173,11 @@ def to_sparse_csr(model: nn.Module, example_input: Any, *, gain: float = 1.1) ->
     for name, layer in _linear_layers(new):
         choice, sparse = _csr_choice(name, layer, given.get(layer), _tied(new, layer), gain)
         if sparse is not None:
-            new = _replaced(new, layer, sparse)
+            new = replaced(new, layer, sparse)
             try:
                 _compare(_called(new, example_input), expected, name)
             except (RuntimeError, TypeError, AttributeError, NotImplementedError):
-                new = _replaced(new, sparse, layer)
+                new = replaced(new, sparse, layer)
                 choice = LayerChoice(name, choice.shape, choice.sparsity, False, choice.gain, "its owner reads it")
         choices.append(choice)
     return Converted(new, tuple(choices))
@@ -312,15 +313,6 @@ def _compare(found: list[Tensor], expected: list[Tensor], name: str) -> None:
         tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(b.dtype, 2e-2) * max(scale, 1e-30)
         if a.shape != b.shape or not bool(torch.isclose(a, b, rtol=0, atol=tolerance, equal_nan=True).all()):
             raise ValueError(f"The outputs of the model change with a sparse {name}.")
-
-
-def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The model with another layer in all places of ``old``; the layer itself if that is the model."""
-    for module in model.modules():
-        for key, child in module._modules.items():
-            if child is old:
-                module._modules[key] = new
-    return new if model is old else model
 
 
 @torch.no_grad()

@@ -44,12 +44,12 @@ def without(model: nn.Module, cuts: Cuts, described: Mapping[str, Attention], se
             parts = {id(p) for p in module.parameters()}
             if parts & touched:
                 kept = range(module.num_heads) if name not in heads else (~heads[name]).nonzero().flatten().tolist()
-                _replace(small, module, CompactAttention(module, kept))
+                small = replaced(small, module, CompactAttention(module, kept))
     for module in small.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, CompactAttention) for m in module.modules()):
             module.use_nested_tensor = False
     if select:
-        _select(small)
+        small = _select(small)
     for p in small.parameters():
         p.grad = None
     return small
@@ -112,14 +112,16 @@ def _resize(module: Any, before: int | None) -> None:
         module.num_parameters = len(module.weight)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The model with another layer in all places of ``old``; the layer itself if that is the model."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in parent._modules.items():
             if child is old:
-                setattr(parent, name, new)
+                parent._modules[name] = new
+    return new if model is old else model
 
 
-def _select(model: nn.Module) -> None:
+def _select(model: nn.Module) -> nn.Module:
     owners: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():
@@ -132,4 +134,5 @@ def _select(model: nn.Module) -> None:
         if type(module) is nn.Linear and "weight" in module._parameters and owners[id(module.weight)] == 1:
             zero = unread(module)
             if pays(module, int(zero.sum())):
-                _replace(model, module, SelectedLinear(module, (~zero).nonzero().flatten()))
+                model = replaced(model, module, SelectedLinear(module, (~zero).nonzero().flatten()))
+    return model

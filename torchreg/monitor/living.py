@@ -152,7 +152,7 @@ def _living(groups: Groups, weights: list[tuple[str, Tensor]]) -> list[tuple[str
     if isinstance(groups, Shared):
         if spread is None:
             cut = groups.of_all([w.shape for _, w in weights], weights[0][1].device)
-            spread = [cut.maxima(cut.gathered([_nonzero(w) for _, w in weights])) > 0]
+            spread = [cut.alive([w for _, w in weights])]
         alive = spread[0][: groups.total]
         if not groups.parts:
             return [(", ".join(groups.names[:3]) + (", …" if len(groups.names) > 3 else ""), "shared", alive)]
@@ -160,22 +160,14 @@ def _living(groups: Groups, weights: list[tuple[str, Tensor]]) -> list[tuple[str
         return [(name, "shared", piece) for (name, _), piece in zip(groups.parts, pieces, strict=True)]
     if spread is not None:
         return [(name, str(groups), alive) for (name, _), alive in zip(weights, spread, strict=True)]
-    cuts = [groups.of(w.shape) for _, w in weights]
-    return [
-        (name, str(groups), cut.maxima(cut.arranged(_nonzero(w))) > 0 if w.numel() else w.new_zeros(0).bool())
-        for (name, w), cut in zip(weights, cuts, strict=True)
-    ]
+    return [(name, str(groups), groups.of(w.shape).alive([w])) for name, w in weights]
 
 
 def _spread(groups: Groups, weights: list[tuple[str, Tensor]]) -> list[Tensor]:
     """Which groups of each weight are alive in any process."""
     cut = spanning(groups, [w for _, w in weights])
-    alive = cut.maxima(cut.gathered([_nonzero(sharding.local(w)).float() for _, w in weights])) > 0
+    alive = cut.alive([sharding.local(w) for _, w in weights])
     return [alive[piece.start : piece.start + piece.count] for piece in cut.pieces]
-
-
-def _nonzero(w: Tensor) -> Tensor:
-    return (w != 0).to(torch.uint8)
 
 
 def _fits(groups: Groups, w: Tensor) -> bool:

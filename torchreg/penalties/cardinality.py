@@ -180,9 +180,8 @@ class TopK(TakesGroups, _Constraint):
     def _alive(self, weights: Sequence[Tensor]) -> Tensor:
         """Which groups (or weights) of these tensors are not zero: a vector."""
         if isinstance(self.groups, Shared):
-            cut = _shared(self.groups, weights)
-            return _nonzero(cut, cut.gathered([w != 0 for w in weights]))[: self.groups.total]
-        alive = [_nonzero(self._cut(w.shape), w != 0) for w in weights]
+            return _shared(self.groups, weights).alive(weights)
+        alive = [self._cut(w.shape).alive([w]) for w in weights]
         return alive[0] if len(alive) == 1 else torch.cat([a.to(alive[0].device) for a in alive])
 
     def _excess(self, weights: Sequence[Tensor], alive: Tensor) -> Tensor:
@@ -240,13 +239,6 @@ class TopK(TakesGroups, _Constraint):
 
 def _shared(groups: Shared, weights: Sequence[Tensor]) -> Runs:
     return groups.of_all([w.shape for w in weights], weights[0].device)
-
-
-def _nonzero(cut: Cut, alive: Tensor) -> Tensor:
-    """Which groups have a weight that is not zero."""
-    if isinstance(cut.sizes, int) and cut.sizes == 1:
-        return alive.reshape(-1)
-    return cut.sums(cut.arranged(alive).to(torch.int32)) > 0
 
 
 def _norms(cut: Cut, scores: Tensor) -> Tensor:

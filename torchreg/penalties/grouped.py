@@ -205,8 +205,8 @@ class Grouped(TakesGroups, abstract=True):
         if not self.is_joint and len(weights) != 1:
             each = [self.alive_groups([w]) for w in weights]
             return torch.cat([alive.to(each[0].device) for alive in each])
-        r = self._prepared(weights)
-        return (r.cut.maxima(r.cut.arranged((r.x != 0).to(torch.uint8))) > 0)[: r.cut.count - r.cut.loose]
+        tensors = [checked_weight(w) for w in weights]
+        return self._cut(tensors).alive(tensors)
 
     def count_groups(self, shapes: Sequence[torch.Size]) -> int:
         """How many groups tensors given together have."""
@@ -302,15 +302,14 @@ class Grouped(TakesGroups, abstract=True):
     def _prepared(self, weights: Sequence[Tensor]) -> Ready:
         """The weight, or those that share the groups, one after the other."""
         tensors = [arithmetic(checked_weight(w)) for w in weights]
-        self._check_strengths()
-        cut: Cut
+        cut = self._cut(tensors)
+        return self.ready(cut.gathered(tensors), cut)
+
+    def _cut(self, weights: Sequence[Tensor]) -> Cut:
         if isinstance(self.groups, Shared):
-            cut = self.groups.of_all([w.shape for w in weights], weights[0].device if weights else "cpu")
-            x = cut.gathered(tensors)
-        else:
-            (x,) = tensors
-            cut = self._groups.of(x.shape)
-        return self.ready(x, cut)
+            return self.groups.of_all([w.shape for w in weights], weights[0].device if weights else "cpu")
+        (w,) = weights
+        return self._groups.of(w.shape)
 
     def ready(self, x: Tensor, cut: Cut) -> Ready:
         """A weight in computing precision that is cut in this way, with the strengths that it needs."""

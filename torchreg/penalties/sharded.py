@@ -193,8 +193,8 @@ def alive_groups(penalty: Grouped, weights: Sequence[Tensor]) -> Tensor:
     """`Grouped.alive_groups` of whole weights, in all processes."""
     if not sharding.any_sharded(weights):
         return penalty.alive_groups(weights)
-    x, cut = _ready(penalty, weights, map(sharding.local, weights))
-    return (cut.maxima((x != 0).to(x.real.dtype)) > 0)[: cut.count - cut.loose]
+    parts = [sharding.local(w) for w in weights]
+    return _ready(penalty, weights, parts)[1].alive(parts)
 
 
 def _shrink(rules: Sequence[tuple[Shrinking, list[int]]]) -> None:
