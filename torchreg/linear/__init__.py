@@ -10,6 +10,8 @@ except ImportError:
 
 from torchreg.linear.cross_validation import ElasticNetCV, LassoCV
 from torchreg.linear.elastic_net import ElasticNet, Lasso
+from torchreg.linear.group_lasso import GroupLasso
+from torchreg.linear.multi_task import MultiTaskElasticNet, MultiTaskLasso
 from torchreg.linear.paths import alpha_max, enet_path, lasso_path
 from torchreg.linear.ridge import Ridge
 from torchreg.linear.ridge_cv import RidgeCV
@@ -18,8 +20,11 @@ from torchreg.one_standard_error import one_standard_error
 __all__ = [
     "ElasticNet",
     "ElasticNetCV",
+    "GroupLasso",
     "Lasso",
     "LassoCV",
+    "MultiTaskElasticNet",
+    "MultiTaskLasso",
     "Ridge",
     "RidgeCV",
     "alpha_max",

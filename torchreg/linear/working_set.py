@@ -41,7 +41,7 @@ class WorkingSet:
     @property
     def moment(self) -> Tensor:
         """Of the columns inside."""
-        return self.problem.moment[self.index]
+        return self.problem.moment[..., self.index]
 
     def add(self, index: Tensor) -> None:
         """Take columns in that are not inside yet.

@@ -1,0 +1,104 @@
+/* Block coordinate descent on a Gram matrix, for least squares with a penalty of group norms. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { INNER = 8 }; /* sweeps over the groups that are not zero, for one over all */
+
+typedef struct {
+    int64_t k, stride, targets, groups;
+    const double *gram;             /* k × k */
+    const int64_t *starts, *member; /* the columns of group g: member[starts[g]] to member[starts[g + 1] - 1] */
+    const double *strength;         /* of each group */
+    double l2;
+    double *w, *pull;  /* targets × k; the pull is (B - WG) */
+    double *curvature; /* of each group: a bound on its block's largest eigenvalue, by rows and by squares */
+    double *change;    /* targets × the size of the largest group */
+} Problem;
+
+static void bound(const Problem *p) {
+    for (int64_t g = 0; g < p->groups; g++) {
+        double most = 0, squares = 0;
+        for (int64_t a = p->starts[g]; a < p->starts[g + 1]; a++) {
+            const double *row = p->gram + p->member[a] * p->stride;
+            double sum = 0;
+            for (int64_t b = p->starts[g]; b < p->starts[g + 1]; b++) {
+                double entry = row[p->member[b]];
+                sum += fabs(entry);
+                squares += entry * entry;
+            }
+            if (sum > most) most = sum;
+        }
+        double root = sqrt(squares);
+        p->curvature[g] = (root < most ? root : most) + p->l2;
+    }
+}
+
+/* One group's step, with the others held; how far its gradient moves. */
+static double update(const Problem *p, int64_t g) {
+    int64_t first = p->starts[g], size = p->starts[g + 1] - first;
+    double curvature = p->curvature[g], square = 0, moved = 0;
+    if (!(curvature > 0)) return 0;
+    for (int64_t a = 0; a < size; a++) {
+        int64_t i = p->member[first + a];
+        for (int64_t t = 0; t < p->targets; t++) {
+            double here = p->w[t * p->k + i];
+            double z = (curvature - p->l2) * here + p->pull[t * p->k + i];
+            p->change[t * size + a] = z;
+            square += z * z;
+        }
+    }
+    double norm = sqrt(square);
+    double scale = norm > p->strength[g] ? (1 - p->strength[g] / norm) / curvature : 0;
+    for (int64_t a = 0; a < size; a++) {
+        int64_t i = p->member[first + a];
+        const double *row = p->gram + i * p->stride;
+        for (int64_t t = 0; t < p->targets; t++) {
+            double *here = p->w + t * p->k + i;
+            double value = scale * p->change[t * size + a], d = value - *here;
+            if (d == 0) continue;
+            *here = value;
+            moved += d * d;
+            double *pull = p->pull + t * p->k;
+#pragma omp simd
+            for (int64_t j = 0; j < p->k; j++) pull[j] -= d * row[j];
+        }
+    }
+    return sqrt(moved) * curvature;
+}
+
+static int alive(const Problem *p, int64_t g) {
+    for (int64_t a = p->starts[g]; a < p->starts[g + 1]; a++)
+        for (int64_t t = 0; t < p->targets; t++)
+            if (p->w[t * p->k + p->member[a]] != 0) return 1;
+    return 0;
+}
+
+/* Sweep until no group's gradient moves by more than `least`, or the limit. The number of sweeps. */
+int64_t torchreg_block_sweeps(int64_t k, int64_t stride, int64_t targets, int64_t groups, const double *gram,
+                              const int64_t *starts, const int64_t *member, const double *strength, double l2,
+                              double *w, double *pull, double *curvature, double *change, double least, int64_t limit) {
+    Problem p = {k, stride, targets, groups, gram, starts, member, strength, l2, w, pull, curvature, change};
+    bound(&p);
+    int64_t sweeps = 0;
+    while (sweeps < limit) {
+        double most = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            double moved = update(&p, g);
+            if (moved > most) most = moved;
+        }
+        sweeps++;
+        if (!(most > least)) break;
+        for (int inner = 0; inner < INNER && sweeps < limit; inner++, sweeps++) {
+            most = 0;
+            for (int64_t g = 0; g < groups; g++) {
+                if (!alive(&p, g)) continue;
+                double moved = update(&p, g);
+                if (moved > most) most = moved;
+            }
+            if (!(most > least)) break;
+        }
+    }
+    return sweeps;
+}
