@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from torchreg.kernels.problem import AdamStep
-from torchreg.kernels.triton_groups import RUN, left, left_apart, norms
+from torchreg.kernels.triton_groups import RUN, counted, left, left_apart, norms
 from torchreg.kernels.triton_parts import (
     ALL_COUNTS,
     GROUP,
@@ -20,7 +20,7 @@ from torchreg.kernels.triton_parts import (
     V,
     W,
     X,
-    rounded,
+    as_stored,
     thresholded,
     write_counts,
 )
@@ -150,18 +150,10 @@ def prox_adam_groups(
             a = pull * inverse / (1.0 + doubled * inverse)
             a = tl.where(inside, tl.where(a < LARGEST, a, LARGEST), 1.0).to(COMPUTE)
             value = y * left_apart(y, a, COMPUTE) + 0.0
-        if tl.bfloat16 == DTYPE or tl.float16 == DTYPE:
-            stored = rounded(value, offsets, seed, rounds, DTYPE)
-        else:
-            stored = value.to(DTYPE)
+        stored = as_stored(value, offsets, seed, rounds, DTYPE)
         tl.store(w_pointer + offsets, stored, mask=inside)
-        final = stored.to(COMPUTE)
-        is_zero = inside & (final == 0)
-        was_zero = inside & (old == 0)
-        zeros += tl.sum(is_zero.to(tl.int32), axis=1, keep_dims=True)
-        new += tl.sum((is_zero & (old != 0)).to(tl.int32), axis=1, keep_dims=True)
-        revived += tl.sum((was_zero & (final != 0)).to(tl.int32), axis=1, keep_dims=True)
-        total += tl.sum(tl.where(inside, tl.abs(final), 0.0), axis=1, keep_dims=True)
-        squares += tl.sum(tl.where(inside, final * final, 0.0), axis=1, keep_dims=True)
+        zeros, new, revived, total, squares = counted(
+            zeros, new, revived, total, squares, old, stored.to(COMPUTE), inside
+        )
 
     write_counts(counts + program * ALL_COUNTS, acts, zeros, new, revived, total, squares)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from torchreg.kernels.problem import SGDStep
-from torchreg.kernels.triton_groups import RUN, left, norms
-from torchreg.kernels.triton_parts import ALL_COUNTS, FIRST, GROUP, SEED, G, M, W, rounded, thresholded, write_counts
+from torchreg.kernels.triton_groups import RUN, counted, left, norms
+from torchreg.kernels.triton_parts import ALL_COUNTS, FIRST, GROUP, SEED, G, M, W, as_stored, thresholded, write_counts
 from torchreg.kernels.triton_prox_sgd import (
     ALL_HYPERS,
     DECAY,
@@ -110,18 +110,10 @@ def prox_sgd_groups(
         u = tl.where(has_m, tl.where(nesterov, u + momentum * buffer, buffer), u)
         y = tl.where(inside, thresholded(old - lr * u, threshold), 0.0)
         value = y * left(norms(y, COMPUTE), shrinkage, divisor) + 0.0
-        if tl.bfloat16 == DTYPE or tl.float16 == DTYPE:
-            stored = rounded(value, offsets, seed, rounds, DTYPE)
-        else:
-            stored = value.to(DTYPE)
+        stored = as_stored(value, offsets, seed, rounds, DTYPE)
         tl.store(w_pointer + offsets, stored, mask=inside)
-        final = stored.to(COMPUTE)
-        is_zero = inside & (final == 0)
-        was_zero = inside & (old == 0)
-        zeros += tl.sum(is_zero.to(tl.int32), axis=1, keep_dims=True)
-        new += tl.sum((is_zero & (old != 0)).to(tl.int32), axis=1, keep_dims=True)
-        revived += tl.sum((was_zero & (final != 0)).to(tl.int32), axis=1, keep_dims=True)
-        total += tl.sum(tl.where(inside, tl.abs(final), 0.0), axis=1, keep_dims=True)
-        squares += tl.sum(tl.where(inside, final * final, 0.0), axis=1, keep_dims=True)
+        zeros, new, revived, total, squares = counted(
+            zeros, new, revived, total, squares, old, stored.to(COMPUTE), inside
+        )
 
     write_counts(counts + program * ALL_COUNTS, acts, zeros, new, revived, total, squares)

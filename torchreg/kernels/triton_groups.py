@@ -17,6 +17,19 @@ RUN = tl.constexpr(COLUMNS.index("run"))
 
 
 @triton.jit
+def counted(zeros, new, revived, total, squares, old, final, inside):
+    """What was counted in each row, and what there is in a tile of weights before and after the step."""
+    is_zero = inside & (final == 0)
+    was_zero = inside & (old == 0)
+    zeros += tl.sum(is_zero.to(tl.int32), axis=1, keep_dims=True)
+    new += tl.sum((is_zero & (old != 0)).to(tl.int32), axis=1, keep_dims=True)
+    revived += tl.sum((was_zero & (final != 0)).to(tl.int32), axis=1, keep_dims=True)
+    total += tl.sum(tl.where(inside, tl.abs(final), 0.0), axis=1, keep_dims=True)
+    squares += tl.sum(tl.where(inside, final * final, 0.0), axis=1, keep_dims=True)
+    return zeros, new, revived, total, squares
+
+
+@triton.jit
 def norms(y, COMPUTE: tl.constexpr):
     """‖y‖₂ of every row, as a column: scaled by a power of two where squares would leave the range of the type."""
     largest = tl.max(tl.abs(y), axis=1, keep_dims=True)

@@ -63,6 +63,16 @@ def rounded(values, offsets, seed, rounds, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def as_stored(values, offsets, seed, rounds, DTYPE: tl.constexpr):
+    """In the type of the weights."""
+    if tl.bfloat16 == DTYPE or tl.float16 == DTYPE:
+        stored = rounded(values, offsets, seed, rounds, DTYPE)
+    else:
+        stored = values.to(DTYPE)
+    return stored
+
+
+@triton.jit
 def thresholded(x, bound):
     """NaN stays NaN, and what is shrunk away is x − x = +0.0."""
     return x - tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))

@@ -22,7 +22,7 @@ from torchreg.kernels.triton_parts import (
     V,
     W,
     X,
-    rounded,
+    as_stored,
     thresholded,
     write_counts,
 )
@@ -121,10 +121,7 @@ def _update(
     bound = tl.where(bound > LARGEST, LARGEST, bound).to(COMPUTE)
     value = thresholded(moved, bound)
     value = value / (1.0 + tl.where(has_l2, 2.0 * prox_step * l2, doubled) * metric) + 0.0
-    if tl.bfloat16 == DTYPE or tl.float16 == DTYPE:
-        stored = rounded(value, offsets, seed, rounds, DTYPE)
-    else:
-        stored = value.to(DTYPE)
+    stored = as_stored(value, offsets, seed, rounds, DTYPE)
     if MASKED:
         tl.store(w_pointer + offsets, stored, mask=inside)
     else:

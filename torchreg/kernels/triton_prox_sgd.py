@@ -20,7 +20,7 @@ from torchreg.kernels.triton_parts import (
     G,
     M,
     W,
-    rounded,
+    as_stored,
     thresholded,
     write_counts,
 )
@@ -89,10 +89,7 @@ def _update(
     bound = tl.where(has_l1, prox_step * l1, threshold)
     value = thresholded(moved, bound)
     value = value / tl.where(has_l2, 1.0 + 2.0 * prox_step * l2, divisor) + 0.0
-    if tl.bfloat16 == DTYPE or tl.float16 == DTYPE:
-        stored = rounded(value, offsets, seed, rounds, DTYPE)
-    else:
-        stored = value.to(DTYPE)
+    stored = as_stored(value, offsets, seed, rounds, DTYPE)
     if MASKED:
         tl.store(w_pointer + offsets, stored, mask=inside)
     else:
