@@ -19,6 +19,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.sampling": 1,
     "torchreg.sharding": 1,
     "torchreg.spanning": 1,
+    "torchreg.unsettled": 1,
     "torchreg.groups": 1,
     "torchreg.penalties": 2,
     "torchreg.compacted": 1,

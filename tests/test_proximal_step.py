@@ -551,11 +551,12 @@ def unchanged(opt):
 
 
 @optimizers
-def test_sparse_gradients_are_refused_before_anything_changes(case):
+def test_sparse_gradients_of_an_unfit_penalty_are_refused_before_anything_changes(case):
     table = nn.Embedding(4, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    opt = case([{"params": [("w", scalar(1.0, 1.0))]}, {"params": [("table", table.weight)]}], **case.usual)
-    with unchanged(opt), pytest.raises(TypeError, match=r"dense gradients.*table.*sparse=False"):
+    groups = [{"params": [("w", scalar(1.0, 1.0))]}, {"params": [("table", table.weight)], "penalty": MCP(0.1, 3.0)}]
+    opt = case(groups, lr=0.01)
+    with unchanged(opt), pytest.raises(TypeError, match=r"table.*MCP can't.*closed form.*sparse=False"):
         opt.step()
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from torchreg import sharding
+from torchreg import sharding, unsettled
 from torchreg.assignments import Assignment, PenalizedModel, by_rule, check_current
 from torchreg.groups import Shared
 from torchreg.penalties import Penalty, sharded
@@ -45,8 +45,9 @@ def kkt_residual(reg: PenalizedModel, closure: Callable[[], Tensor] | None = Non
     _check_shapes(reg.assignments)
     scale = host_scalar(reg.strength_scale)  # a float keeps the strengths of float64 weights exact
     assignments = [a for a in reg.assignments if a.parameter.requires_grad]
+    unsettled.settle(a.parameter for a in assignments)
     grads = _gradients(reg.model, assignments, closure) if closure else [a.parameter.grad for a in assignments]
-    known = {id(a): grad for a, grad in zip(assignments, grads, strict=True) if grad is not None and grad.numel()}
+    known = {id(a): _dense(g) for a, g in zip(assignments, grads, strict=True) if g is not None and g.numel()}
     worst, layouts = [], []
     for penalty, chosen in by_rule(a for a in assignments if id(a) in known):
         weights: list[Tensor] = [a.parameter for a in chosen]
@@ -100,6 +101,7 @@ def strength_max(
     check_current(reg.model, reg.assignments)
     _check_shapes(reg.assignments)
     chosen = [a for a in reg.assignments if a.penalty is not None and a.parameter.requires_grad]
+    unsettled.settle(a.parameter for a in chosen)
     if not chosen:
         raise ValueError("The regularizer penalises no trainable parameter.")
     if per_parameter:
@@ -119,8 +121,7 @@ def _residuals(
 ) -> list[Tensor]:
     """The violations at all weights of one rule."""
     if penalty is None:
-        dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
-        return [sharding.beside(grad, w).abs() for w, grad in zip(weights, dense, strict=True)]
+        return [sharding.beside(grad, w).abs() for w, grad in zip(weights, grads, strict=True)]
     if sharding.any_sharded(weights):
         return sharded.residual_all(penalty.scaled(scale), weights, grads)
     if penalty.is_joint:
@@ -130,6 +131,10 @@ def _residuals(
         factor = scale.to(grad.device, grad.real.dtype) if isinstance(scale, Tensor) else scale
         residuals.append(penalty.scaled(factor).optimality_residual(w, grad))
     return residuals
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 def _apart(chosen: list[Assignment]) -> Iterator[list[Assignment]]:
@@ -144,7 +149,7 @@ def _strengths_max(reg: PenalizedModel, chosen: list[Assignment], closure: Calla
     """One strength for each chosen parameter that the loss depends on, or for those that act together."""
     with _zeroed(chosen):
         grads = _gradients(reg.model, chosen, closure)
-    known = {id(a): grad for a, grad in zip(chosen, grads, strict=True) if grad is not None}
+    known = {id(a): _dense(grad) for a, grad in zip(chosen, grads, strict=True) if grad is not None}
     scaled = [
         float(strength)
         for penalty, some in by_rule(a for a in chosen if id(a) in known)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchreg import kernels, sharding, tables
+from torchreg import kernels, sharding, tables, unsettled
 from torchreg.assignments import Assignment, by_rule, check_current, outdated
 from torchreg.hook import PenaltyHandle, check_gradients
 from torchreg.penalties import Penalty, sharded
@@ -132,6 +132,7 @@ class Regularizer(nn.Module):
         if torch.is_grad_enabled():
             check_gradients((name, penalty) for name, _, penalty in entries)
         weights = [p for _, p, _ in entries]
+        unsettled.settle(weights)
         if sharding.any_sharded(weights):
             return self._sharded_value()
         if any(map(sharding.is_flat, weights)):

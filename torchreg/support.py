@@ -17,13 +17,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchreg import sharding
+from torchreg import sharding, unsettled
 from torchreg.penalties import L1
 from torchreg.rules import WEIGHTS, assign
 
-_NOT_PER_WEIGHT = {"step", "step_size", "mu_product", "mu", "eta"}
+_NOT_PER_WEIGHT = {"settled", "step", "step_size", "mu_product", "mu", "eta"}
 """State that may have the parameter's shape and is no moment of its gradients: Rprop's step sizes, counters of a 0-d
-parameter. Zero in them would stop or break the step, and they carry nothing to leak."""
+parameter, what rows have missed. Zero in them would stop or break the step, and they carry nothing to leak."""
 
 
 @dataclass
@@ -94,6 +94,7 @@ def freeze_zeros(source: Any, select: Any = None) -> FrozenSupport:
             raise ValueError(f"Parameter {name!r} holds no values: it is on the meta device or not initialised yet.")
         if p.layout != torch.strided:
             raise TypeError(f"Parameter {name!r} has the layout {p.layout}: only dense ones can be frozen.")
+    unsettled.settle(parameters.values())
     zeros = {name: sharding.local(p.detach()) == 0 for name, p in parameters.items()}
     _warn(zeros, parameters)
     handle = FrozenSupport(parameters)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from torchreg import sharding
+from torchreg import sharding, unsettled
 from torchreg.assignments import PenalizedModel
 from torchreg.penalties import tiles
 from torchreg.sharding import Layout
@@ -125,6 +125,7 @@ def named_weights(source: Any) -> Iterator[tuple[str, Tensor]]:
             continue
         if tensor.device.type == "meta" or is_lazy(tensor):
             raise ValueError(f"Expected tensors with values, got {name!r} on the meta device or not initialised yet.")
+        unsettled.settle([tensor])
         key = _identity(tensor)
         if key not in seen:
             seen.add(key)

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torchreg import kernels
 from torchreg.optim.groups import acting, checked_penalty, checked_scale
-from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.optim.preview import previewed
+from torchreg.optim.settling import RowStep, SettlingOptimizer
 from torchreg.penalties import L1
 from torchreg.penalties.base import HALF, Step
 from torchreg.penalties.parts import divided, spans
@@ -53,7 +53,7 @@ Sampler = Callable[[dict[str, Any], list[Tensor]], list[Tensor | None] | None]
 """From a group and those of its parameters that have gradients to flat indices in each, or None for the group."""
 
 
-class ProximalOptimizer(PenalizedOptimizer):
+class ProximalOptimizer(SettlingOptimizer):
     """An optimizer whose groups may hold ``penalty`` and ``strength_scale``, and whose steps end in the prox."""
 
     _local = ("fused",)
@@ -127,6 +127,9 @@ class ProximalOptimizer(PenalizedOptimizer):
                 step.check()
             if step.differentiable and i in spread:
                 raise RuntimeError("`differentiable` can't be had for parameters that are sharded over processes.")
+        tables: list[RowStep] = []
+        for i, step in enumerate(steps):
+            tables += self._tables(self.param_groups[i], i, step)
         whole = {i for i, step in enumerate(steps) if step.penalty is not None and self._is_apart(step.penalty)}
         counts = any(map(_rounds, self.param_groups))
         offset, parts = 0, []
@@ -152,11 +155,22 @@ class ProximalOptimizer(PenalizedOptimizer):
                 taken.append((some, step if own is step.penalty else dataclasses.replace(step, penalty=own)))
                 wishes.append((group["fused"], group["foreach"]))
         kernels.proximal_step(self._update, taken, wishes, self._fused, *((grad_scale, found_inf) if on_device else ()))
-        if apart:
+        if apart or tables:
             self._fused.clear()  # it counted before the weights were shrunk
             self._proximal_operators(apart)
+        self._take_row_steps(tables, grad_scale)
         for i in spread:
             torch.autograd.graph.increment_version(origins[i])
+
+    def _tables(self, group: dict[str, Any], index: int, step: Any) -> list[RowStep]:
+        """The parameters of a group that are stepped row by row; see `SettlingOptimizer`."""
+        steps = self._row_steps(group, index, step)
+        if steps and group["penalty"] is not None and (self._prox_pre_hooks or self._preview_hooks):
+            raise RuntimeError(
+                f"Group {index} has sparse gradients, of which hooks that choose strengths, such as TargetSparsity's, "
+                "can't be told: build its embeddings with sparse=False."
+            )
+        return steps
 
     @torch.no_grad()
     def _previewed(
@@ -232,7 +246,7 @@ class ProximalOptimizer(PenalizedOptimizer):
 
         Not named ``_init_group`` as in torch: torch.compile calls a method of that name instead of tracing it.
         """
-        params = self._with_gradients(group, index)
+        params = self._with_gradients(group, index, self._is_sparse)
         return self._update.tensors(params, [p.grad for p in params if p.grad is not None])  # all have one
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
@@ -291,11 +305,6 @@ def check_implementation(group: Mapping[str, Any]) -> None:
             f"{penalty.type_name} acts on all weights of a rule and can't be used with `differentiable`."
         )
     checked_scale(group["strength_scale"])
-
-
-def rounding_seed(step: int | Tensor, index: int) -> int | Tensor:
-    """A number that differs between steps and between parameters, and agrees between replicas."""
-    return step * 0x9E3779B1 + index * 0x85EBCA77
 
 
 def _known(optimizer: Any, name: str) -> Tensor | None:

@@ -56,3 +56,8 @@ def scaled_step(group: Mapping[str, Any], gain: float) -> float | Tensor:
             f"got {group['lr']} and {group['strength_scale']}."
         )
     return step
+
+
+def rounding_seed(step: int | Tensor, index: int) -> int | Tensor:
+    """A number that differs between steps and between parameters, and agrees between replicas."""
+    return step * 0x9E3779B1 + index * 0x85EBCA77

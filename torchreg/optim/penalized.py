@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -85,8 +85,10 @@ class PenalizedOptimizer(Optimizer):
         check_form(state_dict)
         super().load_state_dict(state_dict)
 
-    def _with_gradients(self, group: Mapping[str, Any], index: int) -> list[Tensor]:
-        """The parameters that have a gradient.
+    def _with_gradients(
+        self, group: Mapping[str, Any], index: int, apart: Callable[[Tensor], bool] | None = None
+    ) -> list[Tensor]:
+        """The parameters that have a gradient, but for those that are taken ``apart``.
 
         Raises:
             TypeError: if one of the gradients is sparse.
@@ -94,7 +96,7 @@ class PenalizedOptimizer(Optimizer):
         params, dense = [], torch.strided
         for position, p in enumerate(group["params"]):
             grad = p.grad
-            if grad is None:
+            if grad is None or (apart is not None and apart(p)):
                 continue
             if grad.layout is not dense:
                 name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"

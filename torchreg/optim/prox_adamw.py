@@ -15,12 +15,15 @@ from torchreg import kernels
 from torchreg.optim.base import (
     ProximalOptimizer,
     check_implementation,
-    rounding_seed,
     usable_penalty,
 )
 from torchreg.optim.groups import check_takes_steps
-from torchreg.optim.hyperparameters import number, read, scaled_step
+from torchreg.optim.hyperparameters import number, read, rounding_seed, scaled_step
+from torchreg.optim.missed import DIAGONAL, UNIFORM, ClosedForm
+from torchreg.optim.row_steps import adam_rows, inverse_root
+from torchreg.optim.settling import Rows, RowStep, taken
 from torchreg.penalties import Penalty
+from torchreg.penalties.base import arithmetic
 
 METRICS = ("adam", "identity")
 
@@ -48,9 +51,16 @@ class ProxAdamW(ProximalOptimizer):
     2. ``decoupled_weight_decay=False`` gives Adam's coupled weight decay;
     3. half-precision weights with a penalty are updated in float32 and rounded once, stochastically by default, so
        that shrinkage below half an ulp acts on average;
-    4. sparse gradients and unknown group keys are refused.
+    4. unknown group keys are refused.
 
     A weight that never got a gradient has v̂ = 0 and τ = γ/ε, which is huge: L1 zeroes it in the first step.
+
+    Sparse gradients (``nn.Embedding(sparse=True)``) cost what the rows that have one do. Each row then is a
+    parameter of its own, with moments and bias corrections of its own, which wait where it has no gradient; from
+    its first one on it is shrunk in every step. (torch.optim.SparseAdam corrects all rows by the number of all
+    steps.) Rows take the steps that they have missed when they are read: call `settle_lookups` once. L1, L2 and
+    Elastic Net have a closed form of missed steps, with ``metric="identity"`` also group lasso of rows; others are
+    refused, as is a weight decay; see docs/embeddings.md.
 
     Args:
         params: parameters, named parameters or param groups; see `Regularizer.param_groups`.
@@ -81,8 +91,9 @@ class ProxAdamW(ProximalOptimizer):
         ValueError: if a hyperparameter is out of range, a group has an unknown key or lists a penalised parameter
             twice, or a loaded state has other shapes (nothing is changed then).
         RuntimeError: if ``foreach=True`` or ``fused=True`` can't be had, with the reason.
-        TypeError: if a penalty is no `Penalty`, a gradient is sparse (no weight is changed then), or a complex weight
-            with a penalty is to be shrunk in Adam's metric, which treats its two parts apart.
+        TypeError: if a penalty is no `Penalty`, a gradient is sparse and the penalty has no closed form of missed
+            steps (no weight is changed then), or a complex weight with a penalty is to be shrunk in Adam's metric,
+            which treats its two parts apart.
 
     >>> import torch, torchreg
     >>> w = torch.nn.Parameter(torch.tensor([2.0, 0.1]))
@@ -99,6 +110,7 @@ class ProxAdamW(ProximalOptimizer):
     _required = ("lr", "betas", "eps", "weight_decay")
     _origin = "ProxAdamW or torch.optim.AdamW"
     _buffers = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _row_entries = ("settled", "row_steps")
     _later: ClassVar = {
         "amsgrad": False,
         "metric": "adam",
@@ -211,10 +223,39 @@ class ProxAdamW(ProximalOptimizer):
             tensors.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states]
         tensors.state_steps = [state["step"] for state in states]
         if counts:
-            positions = [i for i, p in enumerate(group["params"], start=offset) if p.grad is not None]
+            params = enumerate(group["params"], start=offset)
+            positions = [i for i, p in params if p.grad is not None and not self._is_sparse(p)]
             on_device = group["capturable"] or group["fused"]
             steps = [step.long() if on_device else int(step) for step in tensors.state_steps]
             tensors.seeds = [rounding_seed(step + 1, i) for step, i in zip(steps, positions, strict=True)]
+
+    def _form(self, group: Mapping[str, Any]) -> ClosedForm:
+        return UNIFORM if group["metric"] == "identity" else DIAGONAL
+
+    def _check_table(self, group: Mapping[str, Any], p: Tensor) -> None:
+        super()._check_table(group, p)
+        if float(group["weight_decay"]) != 0:
+            raise ValueError(f"`weight_decay` must be 0 (an L2 penalty does the same), got {group['weight_decay']}.")
+
+    def _shrinks_by(self, table: RowStep) -> tuple[float, float]:
+        return 1.0, float(table.step.prox_step)
+
+    def _metric(self, p: Tensor, rows: Rows, state: Mapping[str, Any]) -> Tensor:
+        group = self._group_of(p)
+        squares = state["max_exp_avg_sq" if group["amsgrad"] and "max_exp_avg_sq" in state else "exp_avg_sq"]
+        square, count = arithmetic(taken(squares, rows)), taken(state["row_steps"], rows)
+        return inverse_root(square, count, float(group["betas"][1]), group["eps"])
+
+    def _step_rows(self, table: RowStep, state: dict[str, Any], seed: int | Tensor | None) -> None:
+        p = table.p
+        state.setdefault("step", torch.zeros(()))
+        if "row_steps" not in state:
+            state["row_steps"] = torch.full(p.shape[:1], float(state["step"]), dtype=torch.float64, device=p.device)
+        for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if table.step.amsgrad else [])):
+            if name not in state:
+                state[name] = torch.zeros_like(p)
+        state["step"] += 1
+        adam_rows(table, state, seed)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raise unless the hyperparameters make sense; the wording of the first is torch.optim.AdamW's."""

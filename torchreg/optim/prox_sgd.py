@@ -16,11 +16,12 @@ from torchreg import kernels
 from torchreg.optim.base import (
     ProximalOptimizer,
     check_implementation,
-    rounding_seed,
     usable_penalty,
 )
 from torchreg.optim.gain import sgd_momentum_gain
-from torchreg.optim.hyperparameters import number, read, scaled_step
+from torchreg.optim.hyperparameters import number, read, rounding_seed, scaled_step
+from torchreg.optim.row_steps import sgd_rows
+from torchreg.optim.settling import RowStep
 from torchreg.penalties import Penalty
 
 
@@ -43,8 +44,13 @@ class ProxSGD(ProximalOptimizer):
     2. momentum buffers start as zeros, and ``p.grad`` is never modified (torch's foreach Nesterov does);
     3. half-precision weights with a penalty are updated in float32 and rounded once, stochastically by default, so
        that shrinkage below half an ulp acts on average;
-    4. sparse gradients and unknown group keys are refused;
+    4. unknown group keys are refused;
     5. ``momentum`` must be below 1 where there is a penalty.
+
+    Sparse gradients (``nn.Embedding(sparse=True)``) cost what the rows that have one do. The result is that of
+    shrinking all rows in every step; without a gradient a row's momentum waits. Rows take the steps that they have
+    missed when they are read: call `settle_lookups` once. L1, L2, Elastic Net and group lasso of rows have a closed
+    form of missed steps, others are refused, as is dampening; see docs/embeddings.md.
 
     It differs from most proximal SGD in thresholding by γ·G·λ instead of γ·λ: without G the problem solved is the
     one with λ/G, at μ = 0.9 ten times too weak.
@@ -76,7 +82,8 @@ class ProxSGD(ProximalOptimizer):
         ValueError: if a hyperparameter is out of range, a group has an unknown key or lists a penalised parameter
             twice, or a loaded state has other shapes (nothing is changed then).
         RuntimeError: if ``foreach=True`` or ``fused=True`` can't be had, with the reason.
-        TypeError: if a penalty is no `Penalty`, or a gradient is sparse (no weight is changed then).
+        TypeError: if a penalty is no `Penalty`, or a gradient is sparse and the penalty has no closed form of
+            missed steps (no weight is changed then).
 
     >>> import torch, torchreg
     >>> w = torch.nn.Parameter(torch.tensor([2.0, 0.1]))
@@ -186,7 +193,8 @@ class ProxSGD(ProximalOptimizer):
                         states[i]["momentum_buffer"] = buffers[i]
             tensors.momentum_buffers = buffers
         if counts:
-            positions = (i for i, p in enumerate(group["params"], start=offset) if p.grad is not None)
+            params = enumerate(group["params"], start=offset)
+            positions = (i for i, p in params if p.grad is not None and not self._is_sparse(p))
             tensors.seeds += [self._seed(p, i, group) for p, i in zip(tensors.params, positions, strict=True)]
 
     def _seed(self, p: Tensor, index: int, group: Mapping[str, Any]) -> int | Tensor:
@@ -195,6 +203,22 @@ class ProxSGD(ProximalOptimizer):
             state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
         state["step"] += 1
         return rounding_seed(state["step"].long() if group["capturable"] else int(state["step"]), index)
+
+    def _check_table(self, group: Mapping[str, Any], p: Tensor) -> None:
+        super()._check_table(group, p)
+        if group["momentum"] != 0 and group["dampening"] != 0:
+            raise ValueError("`dampening` must be 0 beside momentum, since each row has a first step of its own.")
+        if not float(group["lr"]) * float(group["weight_decay"]) < 1:
+            raise ValueError(f"lr·weight_decay must be below 1, got {group['lr']}·{group['weight_decay']}.")
+
+    def _shrinks_by(self, table: RowStep) -> tuple[float, float]:
+        step: kernels.SGDStep = table.step
+        return 1 - float(step.lr) * float(step.weight_decay), float(step.prox_step)
+
+    def _step_rows(self, table: RowStep, state: dict[str, Any], seed: int | Tensor | None) -> None:
+        if seed is not None:
+            state["step"] = state.get("step", torch.zeros(())) + 1
+        sgd_rows(table, state, seed)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raise unless the hyperparameters make sense; the wording of the first five is torch.optim.SGD's."""

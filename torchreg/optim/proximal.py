@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchreg import kernels, sharding
 from torchreg.hook import is_attached
-from torchreg.optim.base import ProxPoint, rounding_seed, usable_penalty
+from torchreg.optim.base import ProxPoint, usable_penalty
 from torchreg.optim.groups import (
     acting,
     adopt_penalties,
@@ -27,7 +27,7 @@ from torchreg.optim.groups import (
     param_name,
     share_scales,
 )
-from torchreg.optim.hyperparameters import product, scalar
+from torchreg.optim.hyperparameters import product, rounding_seed, scalar
 from torchreg.optim.metrics import Metric, ProxSteps
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import HALF, Step
