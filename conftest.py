@@ -7,4 +7,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-collect_ignore_glob = ["torchreg/kernels/triton_*kernels.py"]  # no doctests in them, and they need Triton
+TRAINERS = ("lightning", "transformers", "accelerate", "skorch")
+collect_ignore_glob = [  # no doctests in them, and they need packages that may be missing
+    "torchreg/kernels/triton_*kernels.py",
+    *(f"torchreg/integrations/{name}.py" for name in TRAINERS),
+]

@@ -41,6 +41,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.factorization": 4,
     "torchreg.monitor": 4,
     "torchreg.export": 5,
+    "torchreg.integrations": 5,
     "torchreg.cli": 5,
     "torchreg.__main__": 6,
     "torchreg": 6,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchreg.monitor.counting import changed, counted_all, named_weights
+from torchreg.monitor.guarded import GuardedWriter, warn
 from torchreg.monitor.living import has_groups, living_groups
 from torchreg.monitor.log import STRENGTH_SCALE, Log
 from torchreg.monitor.pictures import Barcode, Histogram, enlarged, mask_image, nonzero_histogram
@@ -28,9 +28,6 @@ LAYOUT = {
         "living groups": ["Multiline", ["groups/.*"]],
     }
 }
-
-EVERYTHING = "everything"
-"""Stands for all methods of a writer."""
 
 
 class SparsityMonitor:
@@ -62,8 +59,9 @@ class SparsityMonitor:
     Args:
         source: a `Regularizer` (its penalised parameters are watched), a module (all its parameters), or anything
             else that `torchreg.sparsity` takes, such as ``model.named_parameters()``.
-        writer: any object with ``add_scalar(tag, value, step)``, such as torch's or tensorboardX's SummaryWriter. The
-            monitor flushes it when it is closed; closing it is its owner's task. None writes nothing: of several
+        writer: any object with ``add_scalar(tag, value, step)``, such as torch's or tensorboardX's SummaryWriter; its
+            method ``end_log(step)``, if it has one, is called after the last number of each log. The monitor flushes it
+            when it is closed; closing it is its owner's task. None writes nothing: of several
             processes all have a monitor, since sharded weights are counted by all, and one of them the writer.
         every: steps between logs.
         optimizer: the optimizer whose proximal steps' thresholds are logged, and whose counts are used.
@@ -112,6 +110,7 @@ class SparsityMonitor:
         _check_writer(writer, histograms=histograms, images=images, custom_scalars=custom_scalars)
         self.source: Any = list(source) if isinstance(source, Iterator) else source
         self.writer = writer
+        self._guard = GuardedWriter(writer)
         self.every = every
         self.optimizer = optimizer
         self.histograms = histograms
@@ -121,7 +120,6 @@ class SparsityMonitor:
         self.report: SparsityReport | None = None
         self._logged_at = -1
         self._loss: Tensor | float | None = None
-        self._stopped: set[str] = set()
         self._pending: tuple[Log, Transfer] | None = None
         weights = list(named_weights(self.source))
         if not weights:
@@ -159,7 +157,7 @@ class SparsityMonitor:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._finish(*pending)
-        if hasattr(self.writer, "flush"):
+        if self._guard.can("flush"):
             self._write("flush")
 
     @torch.no_grad()
@@ -227,6 +225,8 @@ class SparsityMonitor:
             self._histogram(log, f"weights/{name}", Histogram.from_vector(vector))
         for name, picture in log.received("mask"):
             self._write("add_image", f"mask/{name}", enlarged(picture), log.step, dataformats="HW")
+        if self._guard.can("end_log"):
+            self._write("end_log", log.step)
 
     def hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Write a row of TensorBoard's HParams page into this very run (torch's default makes a run of its own).
@@ -306,11 +306,9 @@ class SparsityMonitor:
                 yield from [(name, _number(name, value)) for name, value in values.items()]
             except Exception as error:
                 del self.measures[tag]
-                warnings.warn(
+                warn(
                     f"The measure {tag!r} failed ({type(error).__name__}: {error}); it is not logged any more, the "
-                    "training goes on.",
-                    RuntimeWarning,
-                    stacklevel=_callers_level(),
+                    "training goes on."
                 )
 
     def _scalar(self, log: Log, tag: str, value: float) -> None:
@@ -323,33 +321,11 @@ class SparsityMonitor:
             self._write("add_histogram_raw", tag, *moments, h.limits, h.counts, log.step)
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self.writer is None or self._stopped & {method, EVERYTHING}:
-            return
-        try:
-            getattr(self.writer, method)(*args, **kwargs)
-        except Exception as error:
-            what = EVERYTHING if isinstance(error, OSError) else method
-            self._stopped.add(what)
-            rest = "nothing more is logged" if what is EVERYTHING else f"{method}() is not called any more"
-            warnings.warn(
-                f"{type(self.writer).__name__}.{method}() failed ({type(error).__name__}: {error}); {rest}, "
-                "the training goes on.",
-                RuntimeWarning,
-                stacklevel=_callers_level(),
-            )
+        self._guard.call(method, *args, **kwargs)
 
 
 def _nothing() -> None:
     return None
-
-
-def _callers_level() -> int:
-    """The stacklevel, for a warning of the function that calls this one, of the first caller outside the library."""
-    level, frame = 1, inspect.currentframe()
-    frame = frame and frame.f_back
-    while frame and frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torchreg", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _check_writer(writer: Any, *, histograms: bool, images: bool, custom_scalars: bool) -> None:
