@@ -39,6 +39,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.goals": 4,
     "torchreg.target": 4,
     "torchreg.factorization": 4,
+    "torchreg.averaging": 4,
     "torchreg.monitor": 4,
     "torchreg.export": 5,
     "torchreg.integrations": 5,

@@ -246,3 +246,53 @@ def test_rules_that_fit_nothing_are_refused_when_the_fit_starts():
             RegularizationCallback(RULES, "proximal"),
             Net(lambda m: ProxSGD(Regularizer(m, RULES).param_groups(), lr=0.1)),
         )
+
+
+def averaging(kind):
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    if kind == "ema":
+        return EMAWeightAveraging(decay=0.9)
+    return StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(("kind", "model"), [("ema", Net), ("swa", Net), ("swa", Normed)])
+def test_averages_get_the_zeros_of_the_weights_and_the_monitor_measures_the_weights(kind, model):
+    def zeros(reprox):
+        reports = {}
+
+        class Reports(lightning.Callback):
+            def on_train_epoch_end(self, trainer, module):
+                reports[callback.regularization.steps] = callback.regularization.monitor.report
+
+            def on_train_end(self, trainer, module):
+                self.on_train_epoch_end(trainer, module)
+
+        callback = RegularizationCallback(RULES, "proximal", every=1000, reprox=reprox)
+        options = {"logger": False, "enable_checkpointing": False, **QUIET}
+        trainer = lightning.Trainer(max_epochs=3, callbacks=[callback, averaging(kind), Reports()], **options)
+        net = model()
+        trainer.fit(net, DataLoader(data(), batch_size=4))
+        assert all(report.weights == ("averaged" if step > 18 else "") for step, report in reports.items())
+        return reports[18].total.zeros, sparsity(Regularizer(net, RULES)).total.zeros
+
+    measured, averaged = zeros(reprox=False)
+    assert measured > averaged
+    measured_again, averaged = zeros(reprox=True)
+    assert measured_again == measured
+    assert averaged == measured or (model is Normed and averaged > measured), "Lightning's step for BatchNorm adds some"
+
+
+def test_reprox_needs_an_average_and_comes_before_it():
+    callback = RegularizationCallback(RULES, "proximal", reprox=True)
+    with pytest.raises(ValueError, match="averages weights"):
+        fit(callback)
+    trainer = lightning.Trainer(max_epochs=1, callbacks=[averaging("ema"), callback], logger=False)
+    with pytest.raises(ValueError, match="before"):
+        trainer.fit(Net(), DataLoader(data(), batch_size=4))

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from torchreg import export, groups, penalties, rules, schedules
+from torchreg.averaging import reprox
 from torchreg.coupling import coupled_groups
 from torchreg.factorization import defactorize, factorize
 from torchreg.monitor import GroupReport, SparsityMonitor, SparsityReport, group_sparsity, sparsity
@@ -67,6 +68,7 @@ __all__ = [
     "kkt_residual",
     "linear",
     "penalties",
+    "reprox",
     "rules",
     "schedules",
     "sparsity",

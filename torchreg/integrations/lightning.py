@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from torchreg.averaging import reprox
 from torchreg.integrations.regularization import Regularization
 from torchreg.integrations.required import required
 from torchreg.integrations.writers import MetricsWriter, writer_of
@@ -33,8 +35,9 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
             `torchreg.TargetSparsity`, or several.
         every: optimizer steps between logs.
         monitor: more arguments for `torchreg.SparsityMonitor`.
-        reprox: whether an average that one of Lightning's callbacks keeps (``WeightAveraging``, ``EMAWeightAveraging``)
-            gets the zeros of the weights (`torchreg.reprox`) when the training ends. This one goes before it.
+        reprox: whether the average that a callback of Lightning keeps (``WeightAveraging``, ``EMAWeightAveraging``,
+            ``StochasticWeightAveraging``) gets the exact zeros of the weights when the training ends, by
+            `torchreg.reprox`. This callback goes before that one.
 
     Attributes:
         regularization: the `Regularization` that does the work.
@@ -61,7 +64,13 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
         self.reprox = reprox
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attach to the optimizers."""
+        """Attach to the optimizers.
+
+        Raises:
+            ValueError: see `Regularization.attach`; or if ``reprox`` finds no average, or one that comes first.
+        """
+        if self.reprox:
+            self._check_averages(trainer)
         strategy = trainer.strategy
         schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
         old = list(strategy.optimizers)
@@ -75,6 +84,13 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
         if any(new is not before for new, before in zip(found, old, strict=True)):
             strategy.optimizers = found
 
+    def _check_averages(self, trainer: Any) -> None:
+        averages = _averages(trainer)
+        if not averages:
+            raise ValueError("`reprox=True` takes a callback that averages weights, such as WeightAveraging; got none.")
+        if any(trainer.callbacks.index(averaging) < trainer.callbacks.index(self) for averaging in averages):
+            raise ValueError("Place this callback before the one that averages weights: `reprox` needs the weights.")
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, if the optimizer has made a step."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -82,14 +98,41 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
         if report is not None:
             pl_module.log("sparsity/total", report.fraction, logger=False)
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where the weights are averages: SWA's last epoch is for BatchNorm alone."""
+        for averaging in _averages(trainer):
+            if (
+                trainer.current_epoch > getattr(averaging, "swa_end", math.inf)
+                and self.regularization.monitor is not None
+            ):
+                self.regularization.monitor.weights = "averaged"
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Where weights are averaged, log before the averages take the place of the weights."""
+        for averaging in _averages(trainer):
+            if self.regularization.monitor is not None:
+                self.regularization.monitor.close()
+            if trainer.current_epoch == getattr(averaging, "swa_end", None):
+                self._reprox(averaging, pl_module)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last log, and let go of the optimizers."""
+        for averaging in _averages(trainer):
+            if not hasattr(averaging, "swa_end"):
+                self._reprox(averaging, pl_module)
+            elif self.reprox and trainer.current_epoch - 1 > averaging.swa_end:
+                reprox(pl_module, averaging._average_model)  # Lightning makes a step in the epoch for BatchNorm
         self.regularization.detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let go of the optimizers."""
         with suppress(Exception):  # the first error is the one to see
             self.regularization.detach()
+
+    def _reprox(self, averaging: Any, pl_module: Any) -> None:
+        if self.reprox:
+            average = averaging._average_model
+            reprox(average, self.regularization.regularizer or pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Regularization.state_dict`."""
@@ -98,6 +141,11 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Regularization.load_state_dict`."""
         self.regularization.load_state_dict(state_dict)
+
+
+def _averages(trainer: Any) -> list[Any]:
+    """The callbacks that put averages in the place of the weights when the training ends."""
+    return [callback for callback in trainer.callbacks if hasattr(callback, "_average_model")]
 
 
 def _writer(logger: Any) -> Any:

@@ -22,8 +22,9 @@ _KEYS = {"steps", "penalties", "strength_scale", "schedules", "monitor"}
 class Regularization:
     """Penalties in a training that a trainer runs, with what moves their strength and watches the zeros.
 
-    A step counts when the optimizer takes it: micro-batches that are accumulated and steps that a GradScaler skips move
-    no schedule and shrink nothing. (A fused step on CUDA that skips by itself counts: the host does not know.)
+    A step counts when the optimizer takes it: micro-batches that are accumulated, steps that a GradScaler skips and
+    steps without any gradient move no schedule and shrink nothing. (A fused step on CUDA that skips by itself counts:
+    the host does not know.)
 
     Args:
         rules: a penalty, rules as `torchreg.Regularizer` takes them, or a Regularizer of the model. With the route
@@ -155,12 +156,16 @@ class Regularization:
         self.regularizer, self.schedules, self.monitor, self._handles = regularizer, schedules, monitor, handles
         itself = weakref.ref(self)  # an optimizer that outlives the training keeps no model alive
 
-        def count(*_: Any) -> None:
+        def count(optimizer: Optimizer, *_: Any) -> None:
             regularization = itself()
-            if regularization is not None:
+            if regularization is not None and any(
+                p.grad is not None for g in optimizer.param_groups for p in g["params"]
+            ):
                 regularization._count(watch)
 
         self._hook = found[mine[0]].register_step_post_hook(count)
+        hooks: Any = found[mine[0]]._optimizer_step_post_hooks
+        hooks.move_to_end(self._hook.id, last=False)  # before one that zeroes the gradients
         self.steps = self._watched = 0
         if self._loaded:
             loaded, self._loaded = self._loaded, {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from torchreg import sharding, unsettled
 from torchreg.assignments import PenalizedModel
@@ -130,6 +131,11 @@ def named_weights(source: Any) -> Iterator[tuple[str, Tensor]]:
         if key not in seen:
             seen.add(key)
             yield name, tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def which_weights(source: Any) -> str:
+    """What a source's weights are called, if it tells."""
+    return "averaged" if isinstance(source, AveragedModel) else ""
 
 
 def _pairs(source: Any) -> Iterable[tuple[str, Any]]:

@@ -25,10 +25,12 @@ class Log:
         shapes: of all weights, by name.
         penalties: the penalty of each weight whose counts tell its value.
         measured: the user's own measures, by tag.
+        weights: which weights they are, if not those that are trained.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, weights: str = "") -> None:
         self.step = step
+        self.weights = weights
         self.asked: dict[tuple[str, str], Tensor] = {}
         self.answers: dict[tuple[str, str], Tensor] = {}
         self.positions: dict[str, int] = {}
@@ -36,6 +38,10 @@ class Log:
         self.penalties: dict[str, Penalty] = {}
         self.measured: dict[str, float] = {}
         self._rows: list[list[float]] = []
+
+    def tag(self, name: str) -> str:
+        """The tag of what is written."""
+        return f"{self.weights}/{name}" if self.weights else name
 
     def ask(self, kind: str, name: str, tensor: Tensor) -> None:
         """Ask for a tensor on its device."""
@@ -60,7 +66,7 @@ class Log:
 
     def report(self) -> SparsityReport:
         """The counts of all weights."""
-        return SparsityReport(tuple(self._entry(name, shape) for name, shape in self.shapes.items()))
+        return SparsityReport(tuple(self._entry(name, shape) for name, shape in self.shapes.items()), self.weights)
 
     def changes(self) -> tuple[int, int]:
         """Weights that became zero, and that left it, since the last log."""

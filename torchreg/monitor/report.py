@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torchreg import tables
-from torchreg.monitor.counting import NOT_APPLICABLE, counted_all, named_weights
+from torchreg.monitor.counting import NOT_APPLICABLE, counted_all, named_weights, which_weights
 from torchreg.monitor.transfer import fetch
 
 
@@ -47,9 +47,16 @@ class TensorSparsity:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """The exact zeros of a set of tensors; ``print()`` shows a table. Made by `torchreg.sparsity`."""
+    """The exact zeros of a set of tensors; ``print()`` shows a table. Made by `torchreg.sparsity`.
+
+    Attributes:
+        tensors: the counts of each.
+        weights: which weights these are, such as ``"averaged"``, whose zeros are fewer than those of the weights that
+            were averaged; empty if that was not said.
+    """
 
     tensors: tuple[TensorSparsity, ...]
+    weights: str = ""
 
     @property
     def total(self) -> TensorSparsity:
@@ -81,8 +88,9 @@ class SparsityReport:
         raise KeyError(f"No tensor {name!r} in this report of {len(self.tensors)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"tensors": [...], "total": {...}}`` in plain Python values."""
-        return {"tensors": [entry.to_dict() for entry in self.tensors], "total": self.total.to_dict()}
+        """``{"tensors": [...], "total": {...}, "weights": "..."}`` in plain Python values."""
+        tensors = [entry.to_dict() for entry in self.tensors]
+        return {"tensors": tensors, "total": self.total.to_dict(), "weights": self.weights}
 
     def to_json(self, **options: Any) -> str:
         """`to_dict` as strict JSON: NaN and infinite norms become null. ``options`` go to ``json.dumps``."""
@@ -101,7 +109,8 @@ class SparsityReport:
 
     def __str__(self) -> str:
         columns = ("parameter", "shape", "size", "zeros", "sparsity", "zero rows", "zero columns", "L1 norm", "L2 norm")
-        return tables.render(columns, [_cells(entry) for entry in self.tensors], footer=_cells(self.total), left=2)
+        table = tables.render(columns, [_cells(entry) for entry in self.tensors], footer=_cells(self.total), left=2)
+        return f"{self.weights} weights\n\n{table}" if self.weights else table
 
 
 def sparsity(source: Any) -> SparsityReport:
@@ -113,7 +122,8 @@ def sparsity(source: Any) -> SparsityReport:
 
     Args:
         source: a module (all its parameters), a `Regularizer` (the penalised ones), an optimizer, a mapping from
-            names to tensors such as a state dict, or an iterable of tensors or (name, tensor) pairs.
+            names to tensors such as a state dict, or an iterable of tensors or (name, tensor) pairs. The weights of a
+            ``torch.optim.swa_utils.AveragedModel`` are reported as ``"averaged"``.
 
     Raises:
         TypeError: if ``source`` is none of these.
@@ -135,7 +145,8 @@ def sparsity(source: Any) -> SparsityReport:
     weights = list(named_weights(source))
     counts = fetch(counted_all([w for _, w in weights]))
     return SparsityReport(
-        tuple(entry(name, tuple(w.shape), c.tolist()) for (name, w), c in zip(weights, counts, strict=True))
+        tuple(entry(name, tuple(w.shape), c.tolist()) for (name, w), c in zip(weights, counts, strict=True)),
+        which_weights(source),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchreg.monitor.counting import changed, counted_all, named_weights
+from torchreg.monitor.counting import changed, counted_all, named_weights, which_weights
 from torchreg.monitor.guarded import GuardedWriter, warn
 from torchreg.monitor.living import has_groups, living_groups
 from torchreg.monitor.log import STRENGTH_SCALE, Log
@@ -72,6 +72,9 @@ class SparsityMonitor:
         measures: more to log, by tag: functions that return a number, or a dict of them for several tags below that
             one, such as ``{"compacted": torchreg.export.CompactedSize(model, x)}``. One that fails is left out from
             then on, with a warning.
+        weights: which weights are watched, if not those that are trained: a word, such as ``"averaged"``, that all tags
+            then begin with (``averaged/sparsity/total``) and that the reports have. A
+            ``torch.optim.swa_utils.AveragedModel`` is called so by itself.
 
     Raises:
         TypeError: if the writer has no method for what it is asked to log, the source holds no tensors, or a measure
@@ -104,6 +107,7 @@ class SparsityMonitor:
         images: bool = False,
         custom_scalars: bool = False,
         measures: Mapping[str, Callable[[], float | Mapping[str, float]]] | None = None,
+        weights: str | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Expected `every` to be a positive integer, got {every!r}.")
@@ -116,15 +120,16 @@ class SparsityMonitor:
         self.histograms = histograms
         self.measures = _checked_measures(measures)
         self.images = images
+        self.weights = which_weights(self.source) if weights is None else str(weights)
         self.steps = 0
         self.report: SparsityReport | None = None
         self._logged_at = -1
         self._loss: Tensor | float | None = None
         self._pending: tuple[Log, Transfer] | None = None
-        weights = list(named_weights(self.source))
-        if not weights:
+        watched = list(named_weights(self.source))
+        if not watched:
             raise TypeError("There is no floating point parameter to watch.")
-        self._were_zero, _ = changed({}, weights)
+        self._were_zero, _ = changed({}, watched)
         self._barcodes: dict[str, Barcode] = {}
         if custom_scalars:
             self._write("add_custom_scalars", LAYOUT)
@@ -167,7 +172,7 @@ class SparsityMonitor:
         Args:
             quick: take what the optimizer's step has counted instead of counting again.
         """
-        log = Log(self.steps)
+        log = Log(self.steps, self.weights)
         weights = list(named_weights(self.source))
         positions = self._ask_counts(log)
         log.positions = {name: positions[id(w)] for name, w in weights if id(w) in positions}
@@ -220,11 +225,11 @@ class SparsityMonitor:
             if self.images and len(alive):
                 barcode = self._barcodes.setdefault(name, Barcode(len(alive)))
                 barcode.add(alive)
-                self._write("add_image", f"barcode/{name}", barcode.image(), log.step, dataformats="HW")
+                self._write("add_image", log.tag(f"barcode/{name}"), barcode.image(), log.step, dataformats="HW")
         for name, vector in log.received("histogram"):
             self._histogram(log, f"weights/{name}", Histogram.from_vector(vector))
         for name, picture in log.received("mask"):
-            self._write("add_image", f"mask/{name}", enlarged(picture), log.step, dataformats="HW")
+            self._write("add_image", log.tag(f"mask/{name}"), enlarged(picture), log.step, dataformats="HW")
         if self._guard.can("end_log"):
             self._write("end_log", log.step)
 
@@ -313,12 +318,12 @@ class SparsityMonitor:
 
     def _scalar(self, log: Log, tag: str, value: float) -> None:
         if tag != STRENGTH_SCALE:
-            self._write("add_scalar", tag, value, log.step)
+            self._write("add_scalar", log.tag(tag), value, log.step)
 
     def _histogram(self, log: Log, tag: str, h: Histogram | None) -> None:
         if h is not None:
             moments = (h.least, h.greatest, h.count, h.total, h.total_squares)
-            self._write("add_histogram_raw", tag, *moments, h.limits, h.counts, log.step)
+            self._write("add_histogram_raw", log.tag(tag), *moments, h.limits, h.counts, log.step)
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
         self._guard.call(method, *args, **kwargs)

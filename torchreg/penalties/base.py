@@ -212,6 +212,10 @@ class Penalty(ABC):
         """Overwrite ``w`` with ``prox(w, step)`` and return it. Not recorded by autograd."""
         return w.copy_(self.prox(w, step))
 
+    def with_pattern(self, v: Tensor, w: Tensor) -> Tensor:
+        """The weights nearest to ``v`` with the pattern that the penalty has made in ``w``: zero where ``w`` is."""
+        return v.masked_fill(w == 0, 0)
+
     def check_step(self, step: float | Tensor) -> None:  # noqa: B027
         """Raise ``ValueError`` where `prox` refuses so long a step. A device's tensor is not read, and passes."""
 

@@ -140,6 +140,18 @@ class NuclearNorm(Penalty):
             strength = strength.to(step.device)
         return step * strength
 
+    def with_pattern(self, v: Tensor, w: Tensor) -> Tensor:
+        """The weights nearest to ``v`` of the rank that ``w`` has: the largest singular values."""
+        if w.numel() == 0:
+            return v.clone()
+        (a, regular), (b, is_finite) = _matrix(arithmetic(v)), _matrix(arithmetic(w))
+        values = torch.linalg.svdvals(b)
+        rank = (values > _cutoff(values, w)).sum()
+        u, s, vh = torch.linalg.svd(a, full_matrices=False)
+        kept = torch.where(torch.arange(len(s), device=s.device) < rank, s, 0)
+        result = singular.product(u * kept, vh).reshape(v.shape).to(v.dtype)
+        return torch.where(regular & is_finite, result, v)
+
     def _check_strength(self) -> None:
         if isinstance(self.strength, Tensor) and self.strength.ndim:
             raise ValueError(
