@@ -1,7 +1,10 @@
-"""Scikit-learn's own tests of coordinate descent and ridge, on our classes: ``python tests/sklearn_suite.py [-k ...]``.
+"""Scikit-learn's own tests of coordinate descent, ridge and logistic regression, on our classes.
+
+``python tests/sklearn_suite.py [-k ...]`` runs them.
 
 They ship in scikit-learn's wheel. Our names are put in place of its own before the test modules import them. Tests of
-its private compiled solvers don't touch our classes, and MultiTaskLassoCV and MultiTaskElasticNetCV are scikit-learn's.
+its private compiled solvers don't touch our classes, and MultiTaskLassoCV, MultiTaskElasticNetCV and
+LogisticRegressionCV are scikit-learn's.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import sklearn.linear_model
 
 import torchreg.linear
 
-FILES = ("test_coordinate_descent.py", "test_sparse_coordinate_descent.py", "test_ridge.py")
+FILES = ("test_coordinate_descent.py", "test_sparse_coordinate_descent.py", "test_ridge.py", "test_logistic.py")
 EXCEPTIONS = {
     "test_lasso_dual_gap": "compares seven digits of the duality gap with a formula; here both are rounding, 1e-16",
     "test_lassoCV_does_not_set_precompute": "replaces the Lasso in scikit-learn's private module, which is not ours",
@@ -24,6 +27,15 @@ EXCEPTIONS = {
     "which is exact to three",
     "test_n_iter": "counts the iterations of sag, saga and lsqr; Ridge is solved directly",
     "test_lbfgs_solver_error": "expects that one step of L-BFGS is not enough; one Newton step is",
+    "test_liblinear_dual_random_state": "expects that other seeds give other coefficients",
+    "test_logistic_cv": "expects the six digits of scikit-learn's LogisticRegressionCV, which is exact to four",
+    "test_logistic_cv_multinomial_score": "hands all parameters to a private function, which has no `device`",
+    "test_max_iter": "expects each solver's own words where it has not converged",
+    "test_dtype_match": "expects float64 coefficients for float32 data from liblinear",
+    "test_zero_max_iter": "expects intercepts of zero before the first step; here they fit the shares of the classes",
+    "test_newton_cholesky_fallback_to_lbfgs": "expects the fallback's number of iterations",
+    "test_logistic_regression_callback_support": "counts callbacks of L-BFGS",
+    "test_logistic_regression_callback_fitted_estimator": "looks into callbacks of L-BFGS",
     "test_ridge_fit_intercept_sparse_sag": "expects a warning that sag needs many iterations; the solutions are equal",
 }
 """Tests that are left out, by name, with the reason."""

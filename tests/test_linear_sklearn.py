@@ -12,10 +12,20 @@ import pytest
 from sklearn.base import BaseEstimator
 from sklearn.utils.estimator_checks import check_estimator
 
-from torchreg.linear import ElasticNet, ElasticNetCV, GroupLasso, Lasso, LassoCV, MultiTaskElasticNet, MultiTaskLasso
+from torchreg.linear import (
+    ElasticNet,
+    ElasticNetCV,
+    GroupLasso,
+    Lasso,
+    LassoCV,
+    LogisticRegression,
+    MultiTaskElasticNet,
+    MultiTaskLasso,
+)
 
 SUITE = Path(__file__).with_name("sklearn_suite.py")
-QUICK = "(toy or zero or warm_start or positive or incorrect or raises or float or sparse_coef) and not test_ridge"
+WORDS = "toy or zero or warm_start or positive or incorrect or raises or float or sparse_coef"
+QUICK = f"({WORDS}) and not (test_ridge or test_logistic)"
 
 
 def run(*arguments: str) -> str:
@@ -26,10 +36,11 @@ def run(*arguments: str) -> str:
 
 FAST = [Lasso(), ElasticNet(), LassoCV(alphas=4, cv=3), ElasticNetCV(alphas=4, cv=3)]
 GROUPS = [MultiTaskLasso(), MultiTaskElasticNet(), GroupLasso()]
+CLASSIFIERS = [LogisticRegression(), LogisticRegression(l1_ratio=0.5)]
 DEFAULT = [pytest.param(LassoCV(), marks=pytest.mark.slow), pytest.param(ElasticNetCV(), marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("estimator", [*FAST, *GROUPS, *DEFAULT], ids=str)
+@pytest.mark.parametrize("estimator", [*FAST, *GROUPS, *CLASSIFIERS, *DEFAULT], ids=str)
 def test_check_estimator(estimator: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

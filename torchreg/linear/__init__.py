@@ -11,6 +11,7 @@ except ImportError:
 from torchreg.linear.cross_validation import ElasticNetCV, LassoCV
 from torchreg.linear.elastic_net import ElasticNet, Lasso
 from torchreg.linear.group_lasso import GroupLasso
+from torchreg.linear.logistic import LogisticRegression
 from torchreg.linear.multi_task import MultiTaskElasticNet, MultiTaskLasso
 from torchreg.linear.paths import alpha_max, enet_path, lasso_path
 from torchreg.linear.ridge import Ridge
@@ -23,6 +24,7 @@ __all__ = [
     "GroupLasso",
     "Lasso",
     "LassoCV",
+    "LogisticRegression",
     "MultiTaskElasticNet",
     "MultiTaskLasso",
     "Ridge",

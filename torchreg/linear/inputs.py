@@ -83,7 +83,7 @@ def read(
     """
     if isinstance(x, Tensor):
         return _read_tensors(estimator, x, y, sample_weight, finite)
-    dtype = _dtype(estimator.dtype)
+    dtype = asked_dtype(estimator.dtype)
     dtypes = [np.float64, np.float32] if dtype is None else np.dtype(str(dtype).removeprefix("torch.")).type
     y = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
     if check_input:
@@ -107,11 +107,11 @@ def read(
     if sample_weight is not None:
         sample_weight = _check_sample_weight(sample_weight, x, dtype=x.dtype, ensure_non_negative=True)
     device = torch.device("cpu" if estimator.device == "auto" else estimator.device)
-    matrix = x if sparse.issparse(x) else _tensor(x).to(device)
+    matrix = x if sparse.issparse(x) else as_tensor(x).to(device)
     if sparse.issparse(x):
         device = torch.device("cpu")
-    targets = _tensor(y).to(device, torch.float64)
-    weights = None if sample_weight is None else _normalised(_tensor(sample_weight).to(device, torch.float64))
+    targets = as_tensor(y).to(device, torch.float64)
+    weights = None if sample_weight is None else _normalised(as_tensor(sample_weight).to(device, torch.float64))
     writeable = not sparse.issparse(x) and x.flags.writeable
     return Data(matrix, targets.reshape(len(targets), -1), y.ndim == 1, weights, None, writeable)
 
@@ -137,7 +137,7 @@ def _read_tensors(estimator: Any, x: Tensor, y: Any, sample_weight: Any, finite:
         raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None.")
     home = x.device
     device = home if estimator.device == "auto" else torch.device(estimator.device)
-    dtype = _dtype(estimator.dtype) or (torch.float32 if x.dtype in _NARROW else torch.float64)
+    dtype = asked_dtype(estimator.dtype) or (torch.float32 if x.dtype in _NARROW else torch.float64)
     x = x.detach()
     matrix: Any = _scipy(x, dtype) if x.layout != torch.strided else x.to(device, dtype)
     device = device if isinstance(matrix, Tensor) else torch.device("cpu")
@@ -175,7 +175,7 @@ def _scipy(x: Tensor, dtype: torch.dtype) -> Any:
     return sparse.coo_array((values, (rows, columns)), shape=tuple(x.shape)).tocsc()
 
 
-def _dtype(given: Any) -> torch.dtype | None:
+def asked_dtype(given: Any) -> torch.dtype | None:
     """The dtype that an estimator asks for."""
     if given is None or given == "auto":
         return None
@@ -185,7 +185,7 @@ def _dtype(given: Any) -> torch.dtype | None:
     return _DTYPES[name]
 
 
-def _tensor(array: Any) -> Tensor:
+def as_tensor(array: Any) -> Tensor:
     """An array's memory as a tensor, which is only read."""
     array = np.asarray(array)
     if any(stride < 0 for stride in array.strides):
