@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from torchreg.cli import compare, doctor, inspect, path
+from torchreg.cli import compare, doctor, inspect, path, report
 from torchreg.cli.arguments import Parser
 from torchreg.cli.output import CommandError, discard_output, print_error
 
@@ -67,5 +67,6 @@ def _parser() -> Parser:
     compare.add_parser(commands)
     inspect.add_parser(commands)
     path.add_parser(commands)
+    report.add_parser(commands)
     doctor.add_parser(commands)
     return parser
