@@ -8,7 +8,7 @@ from torchreg.averaging import reprox
 from torchreg.coupling import coupled_groups
 from torchreg.factorization import defactorize, factorize
 from torchreg.monitor import GroupReport, SparsityMonitor, SparsityReport, group_sparsity, sparsity
-from torchreg.optim import FISTA, RMDA, ProxAdamW, Proximal, ProxSGD
+from torchreg.optim import FISTA, FTRL, RMDA, ProxAdamW, Proximal, ProxSGD
 from torchreg.optimality import kkt_residual, strength_max
 from torchreg.penalties import (
     L0,
@@ -34,6 +34,7 @@ from torchreg.target import TargetSparsity
 __version__ = "0.1.0"
 __all__ = [
     "FISTA",
+    "FTRL",
     "L0",
     "L1",
     "L2",

@@ -6,13 +6,13 @@ and those at which it was settled, whatever the learning rates and strength scal
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchreg.penalties import GroupLasso, Penalty
-from torchreg.penalties.base import host_scalar
 from torchreg.penalties.grouped import is_group_shrinkage, remaining
 from torchreg.penalties.separable import _Shrinkage, is_shrinkage, soft_threshold
 
@@ -113,26 +113,43 @@ def strengths_of(penalty: Penalty | None, p: Tensor, form: ClosedForm) -> Streng
     """
     if penalty is None:
         return Strengths()
-    if is_shrinkage(penalty):
-        assert isinstance(penalty, _Shrinkage)
-        parts = [host_scalar(part) for part in penalty.parts()]
-        if not any(isinstance(part, Tensor) and part.ndim for part in parts):
-            return Strengths(*map(float, parts))
-        why = "its strength differs between weights"
-    elif isinstance(penalty, GroupLasso) and is_group_shrinkage(penalty) and not penalty.is_joint:
-        size = p[0].numel() if p.shape[0] else 0
-        if form is DIAGONAL:
-            why = "its groups are shrunk in Adam's metric"
-        elif penalty.run(p.new_empty(p.shape, device="meta")) != size:
-            why = "its groups are not the rows"
-        else:
-            return Strengths(group=float(penalty.parts()[1]) * (size**0.5 if penalty.group_weight == "sqrt" else 1.0))
-    else:
-        why = "its proximal operator has no closed form of many steps"
-    raise TypeError(
-        f"{penalty.type_name} can't be put on rows that get no gradient: {why}. L1, L2 and ElasticNet of one strength "
-        "can, and GroupLasso of rows where all weights have one step; or build the embedding with sparse=False."
-    )
+    known = is_shrinkage(penalty) or (isinstance(penalty, GroupLasso) and is_group_shrinkage(penalty))
+    why = _why_not_by_rows(penalty, p) if known else "its proximal operator has no closed form of many steps"
+    if not why and penalty.is_grouped and form is DIAGONAL:
+        why = "its groups are shrunk in Adam's metric"
+    if why:
+        raise TypeError(
+            f"{penalty.type_name} can't be put on rows that get no gradient: {why}. L1, L2 and ElasticNet of one "
+            "strength can, and GroupLasso of rows where all weights have one step; or build the embedding with "
+            "sparse=False."
+        )
+    if isinstance(penalty, GroupLasso):
+        return Strengths(group=float(penalty.strength) * (_size(p) ** 0.5 if penalty.group_weight == "sqrt" else 1.0))
+    assert isinstance(penalty, _Shrinkage)
+    return Strengths(*map(float, penalty.parts()))
+
+
+def check_by_rows(penalty: Penalty | None, p: Tensor) -> None:
+    """Raise ``TypeError`` unless the penalty takes rows of ``p`` by themselves, all alike."""
+    why = "" if penalty is None else _why_not_by_rows(penalty, p)
+    if penalty is not None and why:
+        raise TypeError(
+            f"{penalty.type_name} can't be put on single rows: {why}; build the embedding with sparse=False."
+        )
+
+
+def _why_not_by_rows(penalty: Penalty, p: Tensor) -> str:
+    if any(isinstance(strength, Tensor) and strength.ndim for strength in penalty.strengths().values()):
+        return "its strength differs between weights"
+    if is_group_shrinkage(penalty):
+        whole = not penalty.is_joint and penalty.run(p.new_empty(p.shape, device="meta")) == _size(p)
+        return "" if whole else "its groups are not the rows"
+    return "" if penalty.is_separable else "it acts on all rows together"
+
+
+def _size(p: Tensor) -> int:
+    """The weights of a row."""
+    return math.prod(p.shape[1:])
 
 
 def column(values: Tensor, w: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ _PIECE = 1 << 16
 """Rows that are settled at once when all are."""
 
 Rows = Tensor | slice
+_ALL = slice(None)
 
 
 @dataclasses.dataclass
@@ -156,7 +157,7 @@ class SettlingOptimizer(PenalizedOptimizer):
             try:
                 self._check_table(group, p)
                 strengths = strengths_of(group["penalty"], p, self._form(group))
-                rows, grads = _rows_of(p)
+                rows, grads = rows_of(p)
                 self._check_told(p, rows)
             except (RuntimeError, TypeError, ValueError) as error:
                 name = param_name(group, position)
@@ -280,27 +281,29 @@ class SettlingOptimizer(PenalizedOptimizer):
 
 def taken(t: Tensor, rows: Rows) -> Tensor:
     """These rows: a view of a slice."""
-    return t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
+    if isinstance(rows, Tensor):
+        return t.index_select(0, rows)
+    return t if rows == _ALL else t[rows]
 
 
 def put(t: Tensor, rows: Rows, values: Tensor) -> None:
     """Overwrite these rows."""
     t = t.detach()
-    if isinstance(rows, slice):
-        t[rows].copy_(values)
-    else:
+    if isinstance(rows, Tensor):
         t.index_copy_(0, rows.long(), values.to(t.dtype))
+    else:
+        taken(t, rows).copy_(values)
 
 
 def _row(totals: list[float], p: Tensor) -> Tensor:
     return torch.tensor([totals], dtype=torch.float64, device=p.device)
 
 
-def _rows_of(p: Tensor) -> tuple[Rows, Tensor]:
+def rows_of(p: Tensor) -> tuple[Rows, Tensor]:
     """The rows that have a gradient, each once, and their gradients."""
     assert p.grad is not None
     if p.grad.layout is not torch.sparse_coo:
-        return slice(0, p.shape[0]), p.grad
+        return _ALL, p.grad
     grad = p.grad.coalesce()
     return grad.indices()[0], grad.values()
 
