@@ -44,6 +44,7 @@ __all__ = [
     "SCAD",
     "Box",
     "ElasticNet",
+    "FeatureSelector",
     "GroupLasso",
     "GroupReport",
     "LHalf",
@@ -79,7 +80,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`torchreg.linear`, which needs scikit-learn, is imported when it is first used."""
+    """`torchreg.linear` and `FeatureSelector`, which need scikit-learn, are imported when they are first used."""
     if name == "linear":
         return importlib.import_module("torchreg.linear")
+    if name == "FeatureSelector":
+        return importlib.import_module("torchreg.features").FeatureSelector
     raise AttributeError(f"module 'torchreg' has no attribute {name!r}")
