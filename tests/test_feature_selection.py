@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from torchreg import FeatureSelector, GroupLasso
 from torchreg.features.path import FeaturePath, Shrinking, chosen_count
 from torchreg.features.reweighting import reweighted_columns
 
+PAGE = Path(__file__).parent.parent / "docs" / "features.md"
 FAST: dict[str, Any] = {
     "hidden": (32,),
     "growth": 1.3,
@@ -285,6 +288,17 @@ def test_the_reweighted_penalty_shrinks_by_relative_norms():
     assert not torch.signbit(shrunk[:, 2]).any()
     assert (reweighted_columns(1.0).prox(w, 0.4)[:, 1] == 0).all()
     assert torch.isnan(reweighted_columns(1.0).prox(torch.full((2, 2), torch.nan), 0.1)).all()
+
+
+def test_the_pages_code_runs(monkeypatch):
+    for name in ("growth", "steps_per_strength", "dense_epochs", "epochs", "learning_rate"):
+        monkeypatch.setitem(FeatureSelector.__init__.__kwdefaults__, name, FAST[name])
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+    found: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), found)
+    assert found["X_ten"].shape[1] == 10
+    assert found["selector"].score(found["X_test"], found["y_test"]) > 0.75
+    assert 10 < found["chosen"].n_features_ < 64
 
 
 def test_only_the_selector_needs_scikit_learn() -> None:
