@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from torchreg.hook import PenaltyHandle
 from torchreg.integrations.routes import ROUTES, holds, made_proximal, raw
 from torchreg.monitor import SparsityMonitor, SparsityReport
+from torchreg.penalties import L1
 from torchreg.regularizer import Regularizer
 
 _KEYS = {"steps", "penalties", "strength_scale", "schedules", "monitor"}
@@ -88,7 +89,9 @@ class Regularization:
         self.steps = 0
         self._watched = 0
         self._handles: list[PenaltyHandle] = []
+        self._prepared: tuple[Regularizer, weakref.ref[Optimizer]] | None = None
         self._hook: RemovableHandle | None = None
+        self._counted: weakref.ref[Optimizer] | None = None
         self._loaded: Mapping[str, Any] = {}
         self._last: dict[str, Any] = {}
 
@@ -96,6 +99,15 @@ class Regularization:
     def attached(self) -> bool:
         """Whether it is attached to an optimizer."""
         return self._hook is not None
+
+    def is_attached_to(self, optimizer: Any) -> bool:
+        """Whether it counts the steps of this optimizer."""
+        return self.attached and self._counted is not None and self._counted() is raw(optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are not attached, as copies of optimizers have no hooks; attached, they go on with this state."""
+        plain = Regularization(self.rules or L1(0.0), route=self.route, schedule=self._schedule, every=self.every)
+        return {**plain.__dict__, "rules": self.rules, "_options": self._options, "_loaded": self.state_dict()}
 
     def attach(
         self,
@@ -128,7 +140,8 @@ class Regularization:
         if self.attached:
             raise RuntimeError("This Regularization is attached already: detach() it first.")
         found, lr_schedulers = [raw(optimizer) for optimizer in optimizers], list(lr_schedulers)
-        regularizer = self._regularizer(model)
+        prepared = self._prepared is not None and any(self._prepared[1]() is optimizer for optimizer in found)
+        regularizer = self._prepared[0] if prepared and self._prepared else self._regularizer(model)
         mine = [i for i, optimizer in enumerate(found) if self._concerns(optimizer, regularizer)]
         if not mine:
             what = "applies penalties" if self.route == "groups" else "holds a penalised parameter"
@@ -141,7 +154,7 @@ class Regularization:
                 if self.route == "hook":
                     assert regularizer is not None
                     handles.append(regularizer.attach(found[i]))
-                elif self.route == "proximal":
+                elif self.route == "proximal" and not prepared:
                     assert regularizer is not None
                     own = [s for s in lr_schedulers if getattr(s, "optimizer", None) is found[i]]
                     found[i] = made_proximal(found[i], regularizer, own)
@@ -163,6 +176,7 @@ class Regularization:
             ):
                 regularization._count(watch)
 
+        self._counted = weakref.ref(found[mine[0]])
         self._hook = found[mine[0]].register_step_post_hook(count)
         hooks: Any = found[mine[0]]._optimizer_step_post_hooks
         hooks.move_to_end(self._hook.id, last=False)  # before one that zeroes the gradients
@@ -171,6 +185,19 @@ class Regularization:
             loaded, self._loaded = self._loaded, {}
             self.load_state_dict(loaded)
         return found
+
+    def made_proximal(self, model: nn.Module, optimizer: Optimizer) -> Optimizer:
+        """For the route ``"proximal"``, divide an optimizer's param groups now, before others build on them.
+
+        Returns:
+            The optimizer to step, which `attach` takes as it is.
+        """
+        regularizer = self._regularizer(model)
+        if self.route != "proximal" or regularizer is None:
+            raise ValueError(f"Expected the route 'proximal', got {self.route!r}.")
+        made = made_proximal(optimizer, regularizer)
+        self._prepared = regularizer, weakref.ref(made)
+        return made
 
     def detach(self) -> None:
         """Write the last log, and let go of the optimizers. A proximal one stays so. Twice does no harm.

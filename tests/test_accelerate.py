@@ -1,0 +1,183 @@
+"""Under Accelerate penalties give the weights of the plain loop, are in its states, and in all its trackers."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchreg import L1, ProxAdamW, Proximal, ProxSGD, Regularizer, TargetSparsity
+from torchreg.schedules import WarmupStrength
+
+accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+
+from torchreg.integrations.accelerate import AcceleratedRegularization  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+RULES = {"*.weight": L1(0.03)}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def loader():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(24, 6, generator=generator)
+    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()), batch_size=4)
+
+
+def accelerator(**options):
+    accelerate.state.AcceleratorState._reset_state(True)
+    return accelerate.Accelerator(cpu=True, **options)
+
+
+def built(model, route):
+    reg = Regularizer(model, RULES)
+    if route == "hook":
+        return RULES, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return reg, Proximal(torch.optim.SGD(reg.param_groups(), lr=0.1, momentum=0.9))
+
+
+def warmup(holder):
+    return WarmupStrength(holder, until=11)
+
+
+def target(optimizer):
+    return TargetSparsity(optimizer, 0.6, until=15)
+
+
+def train(acc, route, schedule=None, epochs=3, load=None, **options):
+    model = network()
+    rules, optimizer = built(model, route)
+    model, optimizer, batches = acc.prepare(model, optimizer, loader())
+    options = {"route": route, "schedule": schedule, **options}
+    regularization = AcceleratedRegularization(acc, model, optimizer, rules, **options)
+    if load:
+        acc.load_state(load)
+    for _ in range(epochs):
+        for x, y in batches:
+            with acc.accumulate(model):
+                acc.backward(nn.functional.cross_entropy(model(x), y))
+                if acc.sync_gradients:
+                    acc.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    return model, regularization
+
+
+def plain(route, schedule=None, epochs=3, accumulate=1):
+    """The same loop without Accelerate."""
+    model = network()
+    reg = Regularizer(model, RULES)
+    _, optimizer = built(model, route)
+    if route == "hook":
+        reg.attach(optimizer)
+    moves = schedule(reg if route == "hook" else optimizer) if schedule else None
+    for _ in range(epochs):
+        for i, (x, y) in enumerate(loader()):
+            (nn.functional.cross_entropy(model(x), y) / accumulate).backward()
+            if (i + 1) % accumulate == 0:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                if moves:
+                    moves.step()
+    return model
+
+
+def assert_same(one, other):
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("route", "schedule"), [("hook", warmup), ("groups", target)])
+def test_a_training_gives_the_weights_of_the_plain_loop(route, schedule, accumulate):
+    model, regularization = train(accelerator(gradient_accumulation_steps=accumulate), route, schedule)
+    assert_same(model, plain(route, schedule, accumulate=accumulate))
+    assert regularization.steps == 18 // accumulate
+
+
+@pytest.mark.parametrize(("route", "schedule"), [("hook", warmup), ("groups", target)])
+def test_a_resumed_training_ends_with_the_same_weights(route, schedule, tmp_path):
+    acc = accelerator()
+    train(acc, route, schedule, epochs=1)
+    acc.save_state(str(tmp_path))
+    torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=True)
+    model, regularization = train(accelerator(), route, schedule, epochs=2, load=str(tmp_path))
+    assert_same(model, plain(route, schedule))
+    assert regularization.steps == regularization.monitor.steps == 18
+
+
+def test_steps_that_a_grad_scaler_skips_shrink_nothing():
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    acc = accelerator()
+    acc.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert optimizer.scaler is not None
+    regularization = AcceleratedRegularization(acc, model, optimizer, RULES)
+    for factor in (float("inf"), 0.0):
+        acc.scaler.scale(model(torch.ones(2, 6)).sum() * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if factor:
+            assert optimizer.step_was_skipped
+            assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert regularization.steps == 1
+    assert torch.allclose(model[0].weight, before[0] - 0.1 * 0.03 * before[0].sign(), atol=1e-7)
+
+
+def test_all_trackers_get_the_numbers(tmp_path):
+    from accelerate.tracking import GeneralTracker
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Lines(GeneralTracker):
+        name, requires_logging_directory, lines = "lines", False, []
+
+        tracker = property(lambda self: self.lines)
+
+        def log(self, values, step=None, **kwargs):
+            self.lines.append((step, json.loads(json.dumps(values))))
+
+    lines = Lines()
+    acc = accelerator(log_with=["tensorboard", lines], project_dir=str(tmp_path))
+    acc.init_trackers("run")
+    _, regularization = train(acc, "groups", every=7, monitor={"histograms": True})
+    regularization.detach()
+    acc.end_training()
+    assert [step for step, _ in lines.lines] == [7, 14, 18]
+    assert {"sparsity/total", "loss/penalty", "threshold/group0"} <= set(lines.lines[0][1])
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [e.step for e in events.Scalars("sparsity/total")] == [7, 14, 18]
+    assert "weights/0.weight" in events.Tags()["histograms"]
+
+
+def test_the_loss_is_logged_where_the_loop_tells_it():
+    acc = accelerator()
+    model, optimizer = acc.prepare(network(), None)[0], None
+    optimizer = acc.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    regularization = AcceleratedRegularization(acc, model, optimizer, RULES, every=1, watch=False)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    assert regularization.watch(loss=2.5).fraction == 0
+    assert regularization.watch() is None
+
+
+def test_a_state_of_something_else_is_refused():
+    acc = accelerator()
+    _, hooked = train(acc, "hook", warmup, epochs=1)
+    _, grouped = train(acc, "groups", target, epochs=1)
+    with pytest.raises(ValueError, match="route 'hook'"):
+        grouped.load_state_dict(hooked.state_dict())
+    with pytest.raises(ValueError, match="keys"):
+        hooked.load_state_dict({"steps": 3})
+    with pytest.raises(ValueError, match="param_groups"):
+        AcceleratedRegularization(acc, network(), None, RULES, route="proximal")
+    model = network()
+    for kind in (ProxSGD, ProxAdamW):
+        with pytest.raises(ValueError, match="applies penalties itself"):
+            AcceleratedRegularization(acc, model, kind(model.parameters()), RULES)
