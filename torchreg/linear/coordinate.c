@@ -58,3 +58,31 @@ int64_t torchreg_sweeps(const VALUE *values, const int32_t *rows, const int32_t 
     *shift = c.shift;
     return sweeps;
 }
+
+/* The same over dense columns, centred and weighted, which are rows of length `samples`; `index` says which of them. */
+int64_t torchreg_dense_sweeps(const double *columns, const double *squares, double *residual, double *w,
+                              int64_t samples, const int64_t *index, int64_t count, double l1, double l2, int positive,
+                              double least, int64_t limit) {
+    int64_t sweeps = 0;
+    double largest = INFINITY;
+    for (; sweeps < limit && largest > least; sweeps++) {
+        largest = 0;
+        for (int64_t i = 0; i < count; i++) {
+            int64_t j = index[i];
+            const double *x = columns + j * samples;
+            double square = squares[j], old = w[j], sum = 0, next = 0;
+            if (!(square > 0)) continue;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t q = 0; q < samples; q++) sum += x[q] * residual[q];
+            double pull = sum / samples + square * old, size = positive ? pull : fabs(pull);
+            if (size > l1) next = copysign((size - l1) / (square + l2), pull);
+            double change = next - old;
+            if (change == 0) continue;
+            w[j] = next;
+#pragma omp simd
+            for (int64_t q = 0; q < samples; q++) residual[q] -= change * x[q];
+            largest = fmax(largest, fabs(change) * sqrt(square));
+        }
+    }
+    return sweeps;
+}

@@ -1,9 +1,10 @@
-"""Sparse problems with many non-zero coefficients: coordinate descent, compiled from C."""
+"""Coordinate descent, compiled from C: for sparse problems with many non-zero coefficients, and for who asks for it."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels import toolchain
+from torchreg.linear.design import Dense
 from torchreg.linear.problem import Fit, Problem, Strength, duality_gaps
 from torchreg.linear.solution import Solution
 from torchreg.linear.sparse_design import Sparse
+from torchreg.linear.weighted_columns import DenseColumns
 
 _TARGET = 1e-13  # the relative gap that ends the sweeps
 _FIRST, _FALL = 1e-3, 0.03  # what still counts as a change: at first, and from one check to the next
@@ -42,7 +45,7 @@ def solve_by_coordinates(
     checked in between, by one product with X.
 
     Args:
-        problem: with a sparse design.
+        problem: on the CPU.
         strengths: falling.
         limit: the most sweeps for each.
         start: coefficients (features,) to begin with.
@@ -51,7 +54,7 @@ def solve_by_coordinates(
     Journal of Statistical Software, 2010; Tibshirani et al., Strong rules for discarding predictors in lasso-type
     problems, JRSS B 2012.
     """
-    state = _State(problem, start)
+    state = (_SparseState if isinstance(problem.design, Sparse) else _DenseState)(problem, start)
     before, found = problem.largest, []
     every = torch.arange(problem.design.features)
     for strength in strengths:
@@ -61,32 +64,28 @@ def solve_by_coordinates(
     return found
 
 
-class _State:
+class _State(ABC):
     """Coefficients with their residual, and the pull at every column."""
 
-    def __init__(self, problem: Problem, start: Tensor | None) -> None:
-        assert isinstance(problem.design, Sparse)
-        self.problem, self.design = problem, problem.design
-        self.x = self.design.x
-        self.rows, self.starts = (np.ascontiguousarray(a, dtype=np.int32) for a in (self.x.indices, self.x.indptr))
-        self.w = np.zeros(self.design.features) if start is None else start.double().numpy().copy()
-        self.squares = np.ascontiguousarray(self.design.squares, dtype=np.float64)
-        self.refresh()
+    centred: Tensor
+    """The residual, centred and weighted."""
+    pull: Tensor
 
+    def __init__(self, problem: Problem, start: Tensor | None) -> None:
+        self.problem = problem
+        self.w = np.zeros(problem.design.features) if start is None else start.double().numpy().copy()
+
+    @abstractmethod
     def refresh(self) -> None:
         """Residual and pull, without what sweeps have rounded."""
-        design, problem = self.design, self.problem
-        root = design.root
-        target = problem.target.numpy() if root is None else _unweighted(problem.target.numpy(), root)
-        self.residual = np.ascontiguousarray(target - self.x @ self.w, dtype=np.float64)
-        self.shift = 0.0 if design.mean is None else float(design.mean @ self.w)
-        centred = torch.from_numpy(self.residual + self.shift)
-        self.centred = centred if root is None else centred * torch.from_numpy(root)
-        self.pull = design.correlations(self.centred.unsqueeze(0))[0]
+
+    @abstractmethod
+    def sweep(self, index: Any, strength: Strength, least: float, limit: int) -> int:
+        """Sweep over some columns until no prediction changes by more than `least`."""
 
     def gap(self, strength: Strength) -> float:
         """The duality gap of the refreshed state."""
-        n, w, r = max(1, self.design.samples), torch.from_numpy(self.w), self.centred
+        n, w, r = max(1, self.problem.design.samples), torch.from_numpy(self.w), self.centred
         fit = Fit(
             (r @ r / n).unsqueeze(0),
             (r @ self.problem.target / n).unsqueeze(0),
@@ -115,6 +114,30 @@ class _State:
             change *= _FALL
         return gap, sweeps
 
+
+class _SparseState(_State):
+    """Columns in CSC format, whose means are not subtracted."""
+
+    def __init__(self, problem: Problem, start: Tensor | None) -> None:
+        super().__init__(problem, start)
+        assert isinstance(problem.design, Sparse)
+        self.design = problem.design
+        self.x = self.design.x
+        self.rows, self.starts = (np.ascontiguousarray(a, dtype=np.int32) for a in (self.x.indices, self.x.indptr))
+        self.squares = np.ascontiguousarray(self.design.squares, dtype=np.float64)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Residual and pull, without what sweeps have rounded."""
+        design, problem = self.design, self.problem
+        root = design.root
+        target = problem.target.numpy() if root is None else _unweighted(problem.target.numpy(), root)
+        self.residual = np.ascontiguousarray(target - self.x @ self.w, dtype=np.float64)
+        self.shift = 0.0 if design.mean is None else float(design.mean @ self.w)
+        centred = torch.from_numpy(self.residual + self.shift)
+        self.centred = centred if root is None else centred * torch.from_numpy(root)
+        self.pull = design.correlations(self.centred.unsqueeze(0))[0]
+
     def sweep(self, index: Any, strength: Strength, least: float, limit: int) -> int:
         """Sweep over some columns until no prediction changes by more than `least`."""
         shift = ctypes.c_double(self.shift)
@@ -133,6 +156,49 @@ class _State:
         )
 
 
+class _DenseState(_State):
+    """Columns that are copied when they are first needed, centred and weighted."""
+
+    def __init__(self, problem: Problem, start: Tensor | None) -> None:
+        super().__init__(problem, start)
+        assert isinstance(problem.design, Dense)
+        self.columns = DenseColumns(problem.design)
+        self.place = np.full(problem.design.features, -1)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Residual and pull, without what sweeps have rounded."""
+        design = self.problem.design
+        self.centred = self.problem.target - design.fitted(torch.from_numpy(self.w).unsqueeze(0))[0]
+        self.pull = design.correlations(self.centred.unsqueeze(0))[0]
+
+    def sweep(self, index: Any, strength: Strength, least: float, limit: int) -> int:
+        """Sweep over some columns until no prediction changes by more than `least`."""
+        new = index[self.place[index] < 0]
+        self.place[new] = np.arange(len(new)) + self.columns.held
+        self.columns.add(torch.from_numpy(new))
+        rows = self.columns.rows()
+        inside = np.flatnonzero(self.place >= 0)
+        w = np.empty(len(inside))
+        w[self.place[inside]] = self.w[inside]
+        squares = rows.square().mean(1).numpy()
+        residual = self.centred.numpy().copy()
+        done = _function("dense")(
+            rows.data_ptr(),
+            *(_pointer(a) for a in (squares, residual, w)),
+            rows.shape[1],
+            _pointer(np.ascontiguousarray(self.place[index], dtype=np.int64)),
+            len(index),
+            strength.l1,
+            strength.l2,
+            int(self.problem.positive),
+            least,
+            limit,
+        )
+        self.w[inside] = w[self.place[inside]]
+        return done
+
+
 def _unweighted(target: Any, root: Any) -> Any:
     """What weighted targets were; those without weight don't matter."""
     return np.divide(target, root, out=np.zeros_like(target), where=root > 0)
@@ -143,10 +209,14 @@ def _pointer(array: Any) -> ctypes.c_void_p | None:
 
 
 @functools.cache
-def _function(dtype: str) -> Any:
+def _function(kind: str) -> Any:
+    """The sweeps over sparse columns of a dtype, or over dense ones."""
     text = Path(__file__).with_name("coordinate.c").read_text(encoding="utf-8")
-    function = toolchain.library(f"coordinate-{dtype}", f"#define VALUE {_TYPES[dtype]}\n{text}").torchreg_sweeps
+    value = _TYPES.get(kind, "double")
+    library = toolchain.library(f"coordinate-{value}", f"#define VALUE {value}\n{text}")
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-    function.argtypes = [*[pointer] * 9, integer, pointer, integer, real, real, ctypes.c_int, real, integer]
+    common: list[Any] = [integer, pointer, integer, real, real, ctypes.c_int, real, integer]
+    function = library.torchreg_dense_sweeps if kind == "dense" else library.torchreg_sweeps
+    function.argtypes = [*[pointer] * (4 if kind == "dense" else 9), *common]
     function.restype = integer
     return function

@@ -14,7 +14,7 @@ from sklearn.utils._metadata_requests import _raise_for_params
 from sklearn.utils.metadata_routing import _routing_enabled, process_routing
 from torch import Tensor
 
-from torchreg.linear.elastic_net import PLACES, ElasticNet, Lasso, TensorPrediction
+from torchreg.linear.elastic_net import METHODS, PLACES, ElasticNet, Lasso, TensorPrediction
 from torchreg.linear.folds import Folds
 from torchreg.linear.inputs import Data, read
 from torchreg.linear.paths import alpha_grid, enet_path, lasso_path
@@ -32,6 +32,7 @@ class _CrossValidated(TensorPrediction):
     tol: float
     cv: Any
     positive: bool
+    solver: str
     _get_estimator: Any
     get_params: Any
 
@@ -59,7 +60,8 @@ class _CrossValidated(TensorPrediction):
             y = column_or_1d(y, warn=True)
         ratios = self._ratios()
         grids = self._grids(data, ratios)
-        folds = Folds(data, list(self._splits(data, X, y, sample_weight, params)), self.fit_intercept, self.positive)
+        splits = list(self._splits(data, X, y, sample_weight, params))
+        folds = Folds(data, splits, self.fit_intercept, self.positive, self.solver)
         errors = []
         for ratio, grid in zip(ratios, grids, strict=True):
             strengths = [Strength(float(a) * ratio, float(a) * (1 - ratio)) for a in grid]
@@ -126,7 +128,11 @@ class LassoCV(_CrossValidated, sklearn.linear_model.LassoCV):
     Journal of Statistical Software, 2010.
     """
 
-    _parameter_constraints: ClassVar[dict[str, Any]] = {**sklearn.linear_model.LassoCV._parameter_constraints, **PLACES}
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **sklearn.linear_model.LassoCV._parameter_constraints,
+        **PLACES,
+        **METHODS,
+    }
     path = staticmethod(lasso_path)
 
     def __init__(
@@ -191,6 +197,7 @@ class ElasticNetCV(_CrossValidated, sklearn.linear_model.ElasticNetCV):
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **sklearn.linear_model.ElasticNetCV._parameter_constraints,
         **PLACES,
+        **METHODS,
     }
     path = staticmethod(enet_path)
 

@@ -179,3 +179,17 @@ def weighted_mean(x: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return x.mean(0, dtype=torch.float64)
     return (weights.to(x.dtype) @ x).double() / x.shape[0]
+
+
+def mean_squares(design: Design) -> Tensor:
+    """ΣZ²/n of each column."""
+    if not isinstance(design, Dense):
+        return torch.as_tensor(design.squares)  # type: ignore[attr-defined]
+    n, x = max(1, design.samples), design.x
+    if design.root is None:
+        squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square() / n
+    else:
+        step, weights = max(1, _BLOCK // n), design.root.square()
+        parts = [weights @ x[:, i : i + step].double().square() / n for i in range(0, x.shape[1], step)]
+        squares = torch.cat(parts)
+    return squares if design.mean is None else (squares - design.mean.square()).clamp(min=0)

@@ -72,9 +72,13 @@ class Folds:
         splits: indices of training and test samples, one pair for each fold.
         centred: whether an intercept is fitted.
         positive: whether coefficients are bound to be non-negative.
+        method: the name of a solver.
     """
 
-    def __init__(self, data: Data, splits: list[tuple[Any, Any]], centred: bool, positive: bool) -> None:
+    def __init__(
+        self, data: Data, splits: list[tuple[Any, Any]], centred: bool, positive: bool, method: str = "auto"
+    ) -> None:
+        self.method = method
         self.data, self.centred, self.positive = data, centred, positive
         device = data.y.device
         self.splits = [(_indices(train, device), _indices(test, device)) for train, test in splits]
@@ -84,7 +88,7 @@ class Folds:
     def errors(self, strengths: list[Strength], limit: int, tol: float) -> Any:
         """Mean squared errors on the samples left out, shape (folds, strengths), for falling strengths."""
         design, _ = self.data.design(False)
-        if not is_narrow(design, len(strengths) * len(self.splits)):
+        if self.method in ("cd", "fista") or not is_narrow(design, len(strengths) * len(self.splits)):
             rows = [self._wide(train, test, strengths, limit, tol) for train, test in self.splits]
         else:
             if self._sums_of is None:
@@ -98,7 +102,7 @@ class Folds:
         design, mean = data.design(self.centred)
         targets, target_mean = data.targets(self.centred)
         problem = Problem(design, targets[0], self.positive)
-        found = solve(problem, strengths, limit=limit)
+        found = solve(problem, strengths, limit=limit, method=self.method)
         warn_if_far(max(s.gap for s in found), problem.power, self._eps, tol)
         coefs = torch.stack([s.full(design.features) for s in found])
         intercepts = target_mean - (coefs @ mean if mean is not None else torch.zeros_like(coefs[:, 0]))

@@ -21,10 +21,10 @@ from torch.nn.functional import logsigmoid
 from torchreg.linear.elastic_net import PLACES
 from torchreg.linear.labels import Labelled, read_labelled
 from torchreg.linear.logistic_loss import Binomial, Multinomial
-from torchreg.linear.logistic_newton import LogisticSolution, solve_logistic
+from torchreg.linear.logistic_newton import LogisticSolution
 from torchreg.linear.logistic_penalty import OWN_SOLVERS, penalty_of, strength_of
 from torchreg.linear.logistic_problem import LogisticProblem
-from torchreg.linear.logistic_smooth import solve_smooth
+from torchreg.linear.logistic_solver import solve_classification
 from torchreg.linear.paths import warn_if_far
 from torchreg.linear.problem import NOT_FINITE, Strength
 
@@ -53,7 +53,8 @@ class LogisticRegression(sklearn.linear_model.LogisticRegression):
     5. For separable classes with C=inf, where there is no minimiser, there is a ConvergenceWarning.
 
     Args:
-        solver: "auto" or "newton".
+        solver: "auto" and "newton" are what is said above; "fista" (accelerated proximal gradient with gap-safe
+            screening, up to 50 iterations for each of `max_iter`) ends at the same certificate.
         device: "auto" for where X is, or a torch device for NumPy arrays, such as "cuda".
         dtype: "auto" for that of X, or float32 or float64. Newton's systems are solved in float64 either way.
 
@@ -156,7 +157,7 @@ class LogisticRegression(sklearn.linear_model.LogisticRegression):
         strength = strength_of(penalty, self.C, self.l1_ratio, read.mass)
         problem = LogisticProblem(design, loss, strength, free)
         start = self._start(read, rows, mean, penalised)
-        found = (solve_logistic if strength.l1 else solve_smooth)(problem, self.max_iter, start)
+        found = solve_classification(problem, self.max_iter, start, self.solver)
         self._warn(problem, found, strength)
         self._keep(read, found, mean, penalised, strength)
         self.classes_ = torch.as_tensor(read.classes) if tensor_labels else read.classes

@@ -83,14 +83,19 @@ class LogisticProblem:
 
         Source: Ndiaye et al., Gap safe screening rules for sparsity enforcing penalties, JMLR 2017.
         """
-        l1, l2 = self.strength.l1, self.strength.l2
-        largest = float(pull.abs().max())
-        scale = min(1.0, l1 / largest) if largest else 1.0
-        bounds = [self._bound(scores, w, pull, s) for s in ({scale, 1.0} if l2 else {scale})]
-        bounds.append(float(self.loss.value(scores) + self.penalty(w)))  # the dual value of the labels is 0
-        return max(0.0, min(bounds))
+        return self.bound(scores, w, pull)[0]
 
-    def _bound(self, scores: Tensor, w: Tensor, pull: Tensor, scale: float) -> float:
+    def bound(self, scores: Tensor, w: Tensor, pull: Tensor) -> tuple[float, float]:
+        """The gap, and the s whose dual value gives it."""
+        l1, l2 = self.strength.l1, self.strength.l2
+        largest = float(pull.abs().max()) if pull.numel() else 0.0
+        scale = min(1.0, l1 / largest) if largest else 1.0
+        bounds = [(self._at(scores, w, pull, s), s) for s in ({scale, 1.0} if l2 else {scale})]
+        bounds.append((float(self.loss.value(scores) + self.penalty(w)), 0.0))  # the dual value of the labels is 0
+        gap, scale = min(bounds)
+        return max(0.0, gap), scale
+
+    def _at(self, scores: Tensor, w: Tensor, pull: Tensor, scale: float) -> float:
         l1, l2 = self.strength.l1, self.strength.l2
         force = scale * pull
         terms = l1 * w.abs() - force * w

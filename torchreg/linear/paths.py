@@ -15,14 +15,14 @@ from sklearn.linear_model import enet_path as _coupled_path
 from torchreg.linear.inputs import read
 from torchreg.linear.precomputed import gram_of
 from torchreg.linear.problem import Problem, Strength
-from torchreg.linear.solver import solve
+from torchreg.linear.solver import SOLVERS, solve
 
 RESOLUTION = float(np.finfo(np.float64).resolution)
 """The only strength of an automatic grid where any strength makes all coefficients zero."""
 
 _ROUNDING = 100.0  # a gap of this many roundings of ‖y‖²/n is zero, whatever tolerance is asked for
 _IGNORED = {"X_offset", "X_scale", "random_state", "selection", "do_screening"}
-_OF_SOLVER = {"tol", "max_iter", "sample_weight", *_IGNORED}
+_OF_SOLVER = {"tol", "solver", "max_iter", "sample_weight", *_IGNORED}
 
 
 class _Anything(BaseEstimator):
@@ -162,8 +162,8 @@ def enet_path(
         return_n_iter: whether the Newton steps of each strength are returned too.
         positive: whether coefficients are bound to be non-negative.
         check_input: False for arrays that have been checked.
-        params: `tol`, `max_iter` and `sample_weight`; what only concerns scikit-learn's solver is ignored, as are
-            `Xy`, `copy_X` and `verbose`.
+        params: `tol`, `max_iter`, `sample_weight` and `solver` (see `ElasticNet`); what only concerns scikit-learn's
+            solver is ignored, as are `Xy`, `copy_X` and `verbose`.
 
     Returns:
         The strengths (m,), coefficients (features, m) and duality gaps (m,); with `return_n_iter` the steps.
@@ -201,6 +201,7 @@ def enet_path(
         limit=params.get("max_iter", 1000),
         start=start,
         gram=gram_of(precompute, problem.design, None, check_input),
+        method=_method(params.get("solver", "auto")),
     )
     for solution in found:
         warn_if_far(solution.gap, problem.power, problem.design.eps, params.get("tol", 1e-4))
@@ -219,6 +220,12 @@ def warn_if_far(gap: float, power: float, eps: float, tol: float) -> None:
             ConvergenceWarning,
             stacklevel=4,
         )
+
+
+def _method(name: Any) -> str:
+    if name not in SOLVERS:
+        raise ValueError(f"Expected `solver` to be one of {SOLVERS}, got {name!r}.")
+    return name
 
 
 def _falling(alphas: Any) -> Any:

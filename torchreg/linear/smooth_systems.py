@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchreg.linear.design import Dense
+from torchreg.linear.design import Dense, mean_squares
 from torchreg.linear.logistic_loss import Curvature
 from torchreg.linear.logistic_problem import LogisticProblem
 from torchreg.linear.newton import factorise
@@ -122,23 +123,14 @@ class _Products(System):
         diagonal = torch.where(diagonal > 0, diagonal, 1)
         return torch.cat([diagonal, own], 1)
 
-    @property
+    @cached_property
     def _squares(self) -> Tensor:
-        return mean_squares(self.problem)
+        return mean_squares(self.problem.design)
 
 
 def balanced(w: Tensor) -> Tensor:
     """Less the mean over several classes, which changes no probability and is zero at the minimiser."""
     return w - w.mean(0) if len(w) > 1 else w
-
-
-def mean_squares(problem: LogisticProblem) -> Tensor:
-    """ΣZ²/n of each column."""
-    design = problem.design
-    if not isinstance(design, Dense):
-        return torch.as_tensor(design.squares)  # type: ignore[attr-defined]
-    squares = torch.linalg.vector_norm(design.x, dim=0, dtype=torch.float64).square() / design.samples
-    return squares if design.mean is None else (squares - design.mean.square()).clamp(min=0)
 
 
 def _pseudosolve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -68,32 +68,43 @@ def weighted_columns(design: Design) -> WeightedColumns:
     if isinstance(design, Sparse):
         return _SparseColumns(design)
     assert isinstance(design, Dense)
-    return _DenseColumns(design)
+    return DenseColumns(design)
 
 
-class _DenseColumns(WeightedColumns):
+class DenseColumns(WeightedColumns):
     """Columns of Z as rows of a buffer that doubles when it is full."""
 
+    held: int
+    """How many there are."""
+
     def __init__(self, design: Dense) -> None:
-        self._design, self._held = design, 0
+        self._design, self.held = design, 0
         self._buffer = torch.empty(0, design.samples, dtype=torch.float64, device=design.device)
 
     def add(self, index: Tensor) -> None:
-        start, self._held = self._held, self._held + len(index)
-        if self._held > len(self._buffer):
-            room = min(max(2 * self._held, 128), self._design.features)
+        """Copy more columns."""
+        start, self.held = self.held, self.held + len(index)
+        if self.held > len(self._buffer):
+            room = min(max(2 * self.held, 128), self._design.features)
             grown = self._buffer.new_empty(room, self._design.samples)
             grown[:start] = self._buffer[:start]
             self._buffer = grown
-        self._buffer[start : self._held] = self._design.rows(index)
+        self._buffer[start : self.held] = self._design.rows(index)
+
+    def rows(self) -> Tensor:
+        """The columns, (held, n)."""
+        return self._buffer[: self.held]
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        return coefficients @ self._buffer[: self._held]
+        """Sums of all held columns."""
+        return coefficients @ self._buffer[: self.held]
 
     def correlations(self, slopes: Tensor) -> Tensor:
-        return slopes @ self._buffer[: self._held].T
+        """Inner products with each held column."""
+        return slopes @ self._buffer[: self.held].T
 
     def inner(self, first: Tensor, second: Tensor | None, weights: Tensor) -> Tensor:
+        """In blocks of samples."""
         buffer = self._buffer
 
         def block(index: Tensor, samples: slice) -> Tensor:
