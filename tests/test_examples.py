@@ -130,3 +130,40 @@ def test_the_page_quotes_the_run_with_filters():
     accuracy = re.search(r"compacted: test accuracy ([\d.]+)%", printed)[1]
     flops = re.search(r"FLOPs +[\d,]+ +([\d,]+)", printed)[1]
     assert f"{accuracy} % right, but {flops} FLOPs" in page
+
+
+def test_l1_or_l2_shows_what_the_page_says():
+    out = run("l1_or_l2.py")
+    page = (EXAMPLES.parent / "docs/l1-or-l2.md").read_text(encoding="utf-8")
+    assert out.strip() in page
+    weights = {
+        name: tuple(map(float, pair))
+        for name, *pair in re.findall(r"(\w+) +radius +(\S+) +perimeter +(\S+) +zeros", out)
+    }
+    assert weights["Lasso"].count(0.0) == 1
+    assert 0.0 not in weights["Ridge"] + weights["Net"]
+    picks = re.findall(r"20 random halves of the data \w+ ?\w* uses radius (\d+), perimeter (\d+)", out)
+    assert all(5 < int(count) < 16 for count in picks[0])
+    assert picks[1] == ("20", "20")
+    lasso, ridge = (
+        list(map(float, re.search(name + r": objective .*? (\S+), .*? (\S+), \w+ (\S+);", out).groups()))
+        for name in ("Lasso", "Ridge")
+    )
+    assert max(lasso) - min(lasso) < 1e-5
+    assert ridge[0] > ridge[1] > ridge[2]
+    used = {
+        name.strip(): (int(noise), float(score))
+        for name, noise, score in re.findall(r" {3}(\w.*?) +uses .* and +(\d+) columns of noise, test R² (\S+)", out)
+    }
+    assert used["Ridge"][0] == 2000
+    assert used["Lasso, one standard error"][0] <= used["Lasso, least error"][0] < 40
+    assert used["Lasso, least error"][1] > 4 * used["Ridge"][1]
+
+
+def test_draw_penalties_draws_the_pictures_of_the_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = run("draw_penalties.py", "--out", str(tmp_path)).split()
+    assert [Path(name).name for name in names] == ["geometry.png", "shrinkage.png"]
+    for name in names:
+        assert 20_000 < Path(name).stat().st_size < 200_000
+        assert Path(name).read_bytes()[16:24] == (EXAMPLES.parent / "docs" / Path(name).name).read_bytes()[16:24]
