@@ -25,6 +25,10 @@ class Columns(ABC):
     def combine(self, coefficients: Tensor) -> Tensor:
         """Sums of all held columns, one for each row of the coefficients: (m, held) -> (m, n)."""
 
+    @abstractmethod
+    def correlations(self, residuals: Tensor) -> Tensor:
+        """RZ/n of the held columns for residuals R of shape (m, n): shape (m, held)."""
+
 
 class Design(ABC):
     """Z = √V(X − 1mᵀ) with weights V and column means m, of which only X is held. All results are float64."""
@@ -163,6 +167,9 @@ class _DenseColumns(Columns):
 
     def combine(self, coefficients: Tensor) -> Tensor:
         return coefficients @ self._buffer[: self._held]
+
+    def correlations(self, residuals: Tensor) -> Tensor:
+        return (residuals @ self._buffer[: self._held].T).div_(max(1, self._design.samples))
 
 
 def inner(x: Tensor) -> Tensor:

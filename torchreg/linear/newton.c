@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BLOCK = 4 };
+enum { TILE = 4, BLOCK = 16 }; /* rows of a tile, and rows that are taken on together: several tiles */
 
 typedef struct {
     int64_t k;          /* columns */
@@ -44,22 +44,49 @@ static double entry(const Faces *f, int64_t i, int64_t j) {
     return i == j ? g + f->l2 : g;
 }
 
-/* The entries of BLOCK rows from i on, up to column i: the factor's own rows are read once for all of them. */
+/* Inner products of TILE rows with TILE others over n entries, which stay in registers. */
+static void products(const double *rows, const double *others, int64_t stride, int64_t n, double sums[TILE][TILE]) {
+    const double *a = rows, *b = a + stride, *c = b + stride, *d = c + stride;
+    const double *e = others, *g = e + stride, *h = g + stride, *o = h + stride;
+    double ae = 0, ag = 0, ah = 0, ao = 0, be = 0, bg = 0, bh = 0, bo = 0;
+    double ce = 0, cg = 0, ch = 0, co = 0, de = 0, dg = 0, dh = 0, dp = 0;
+#pragma omp simd reduction(+ : ae, ag, ah, ao, be, bg, bh, bo, ce, cg, ch, co, de, dg, dh, dp)
+    for (int64_t q = 0; q < n; q++) {
+        ae += a[q] * e[q], ag += a[q] * g[q], ah += a[q] * h[q], ao += a[q] * o[q];
+        be += b[q] * e[q], bg += b[q] * g[q], bh += b[q] * h[q], bo += b[q] * o[q];
+        ce += c[q] * e[q], cg += c[q] * g[q], ch += c[q] * h[q], co += c[q] * o[q];
+        de += d[q] * e[q], dg += d[q] * g[q], dh += d[q] * h[q], dp += d[q] * o[q];
+    }
+    const double found[TILE][TILE] = {{ae, ag, ah, ao}, {be, bg, bh, bo}, {ce, cg, ch, co}, {de, dg, dh, dp}};
+    memcpy(sums, found, sizeof(found));
+}
+
+/* The entries of BLOCK rows from i on, up to column i, as many columns at a time as a tile has: each of the factor's
+   own rows is read once for all of them. */
 static void advance(Faces *f, int64_t i) {
-    double *rows = f->factor + i * f->k;
-    for (int64_t j = 0; j < i; j++) {
-        const double *other = f->factor + j * f->k;
-        const double *a = rows, *b = rows + f->k, *c = rows + 2 * f->k, *d = rows + 3 * f->k;
-        double sums[BLOCK] = {0}, s = 0, t = 0, u = 0, v = 0;
-#pragma omp simd reduction(+ : s, t, u, v)
-        for (int64_t q = 0; q < j; q++) {
-            s += a[q] * other[q];
-            t += b[q] * other[q];
-            u += c[q] * other[q];
-            v += d[q] * other[q];
+    int64_t j = 0;
+    for (; j + TILE <= i; j += TILE) {
+        const double *others = f->factor + j * f->k;
+        for (int64_t top = 0; top < BLOCK; top += TILE) {
+            double *rows = f->factor + (i + top) * f->k, sums[TILE][TILE];
+            products(rows, others, f->k, j, sums);
+            for (int64_t r = 0; r < TILE; r++) {
+                double *row = rows + r * f->k + j;
+                for (int64_t c = 0; c < TILE; c++) {
+                    const double *other = others + c * f->k + j;
+                    double value = entry(f, i + top + r, j + c) - sums[r][c];
+                    for (int64_t q = 0; q < c; q++) value -= row[q] * other[q];
+                    row[c] = value / other[c];
+                }
+            }
         }
-        sums[0] = s, sums[1] = t, sums[2] = u, sums[3] = v;
-        for (int64_t r = 0; r < BLOCK; r++) rows[r * f->k + j] = (entry(f, i + r, j) - sums[r]) / other[j];
+    }
+    for (; j < i; j++) {
+        const double *other = f->factor + j * f->k;
+        for (int64_t r = 0; r < BLOCK; r++) {
+            double *row = f->factor + (i + r) * f->k;
+            row[j] = (entry(f, i + r, j) - dot(row, other, j)) / other[j];
+        }
     }
 }
 

@@ -30,6 +30,12 @@ class Solution:
         return w
 
 
+def largest_error(w: Tensor, pull: Tensor, strength: Strength) -> float:
+    """The largest violation of the optimality conditions on the support of w."""
+    off = pull - strength.l1 * torch.sign(w) - strength.l2 * w
+    return float(off[w != 0].abs().max()) if bool((w != 0).any()) else 0.0
+
+
 def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength) -> Tensor | None:
     """One step of iterative refinement on the support of w, from a pull Zᵀ(z − Zw)/n that is not taken from the Gram.
 

@@ -54,13 +54,17 @@ class Sparse(Design):
 
     def correlations(self, residuals: Tensor) -> Tensor:
         """RZ/n, by one product with X."""
+        return self.pulls(self.x, slice(None), residuals)
+
+    def pulls(self, x: Any, index: Any, residuals: Tensor) -> Tensor:
+        """RZ/n for the columns with this index, which are x in X."""
         r = residuals.numpy()
         if self.root is not None:
             r = r * self.root
-        found = np.asarray(self.x.T @ r.T, dtype=np.float64).T
+        found = np.asarray(x.T @ r.T, dtype=np.float64).T
         if self.mean is not None:
-            found -= r.sum(1, keepdims=True) * self.mean
-            found[:, self.squares == 0] = 0
+            found -= r.sum(1, keepdims=True) * self.mean[index]
+            found[:, self.squares[index] == 0] = 0
         return torch.from_numpy(np.ascontiguousarray(found / self.samples))
 
     def fitted(self, w: Tensor) -> Tensor:
@@ -105,6 +109,9 @@ class _SparseColumns(Columns):
         mean = self._design.mean
         held = None if mean is None else mean[self._index]
         return torch.from_numpy(self._design.predict(self._x, held, coefficients.numpy()))
+
+    def correlations(self, residuals: Tensor) -> Tensor:
+        return self._design.pulls(self._x, self._index, residuals)
 
 
 def sparse_mean(x: Any, weights: Tensor | None) -> Tensor:

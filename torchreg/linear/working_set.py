@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchreg.linear.descent import descend
 from torchreg.linear.problem import NOT_FINITE, Fit, Problem, Strength, duality_gaps
-from torchreg.linear.solution import ACCURATE, Solution, refined
+from torchreg.linear.solution import ACCURATE, Solution, largest_error, refined
 
 _FEWEST = 100  # columns that may enter at a time
 _CHUNK = 4
@@ -78,6 +78,15 @@ class WorkingSet:
     def residuals(self, w: Tensor) -> Tensor:
         """z − Zw for rows w of coefficients."""
         return self.problem.target - self._columns.combine(w)
+
+    def refined(self, w: Tensor, strength: Strength) -> Tensor:
+        """`w` without the rounding of the Gram matrix, as far as X itself allows."""
+        pull = self._columns.correlations(self.residuals(w.unsqueeze(0)))[0]
+        finer = refined(self.gram, w, pull, strength)
+        if finer is None:
+            return w
+        after = self._columns.correlations(self.residuals(finer.unsqueeze(0)))[0]
+        return finer if largest_error(finer, after, strength) <= largest_error(w, pull, strength) else w
 
 
 class Check:
@@ -170,6 +179,8 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         _enter(working, check.forces()[0], max(2 * stage.l1 - before, _NEAR * stage.l1), max(_FEWEST, _nonzero(w)))
         on_the_way += steps
         (w,), (steps,) = working.solve(w, [stage], limit if stage is strength else _ON_THE_WAY)
+        if stage is strength:
+            w = working.refined(w, strength)
         check = Check(working, [w], [stage])
         if stage is strength:
             break
@@ -178,12 +189,8 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         _enter_violators(working, check, 0)
         (w,), (taken,) = working.solve(w, [strength], limit - steps)
         steps += taken
+        w = working.refined(w, strength)
         check = Check(working, [w], [strength])
-    finer = refined(working.gram, w, check.pull[0][working.index], strength)
-    if finer is not None:
-        better = Check(working, [finer], [strength])
-        if better.gaps()[0] <= check.gaps()[0]:
-            w, check = finer, better
     return Solution(working.index, w, check.gaps()[0], on_the_way + steps)
 
 
