@@ -3,8 +3,7 @@
 ``python tests/sklearn_suite.py [-k ...]`` runs them.
 
 They ship in scikit-learn's wheel. Our names are put in place of its own before the test modules import them. Tests of
-its private compiled solvers don't touch our classes, and MultiTaskLassoCV, MultiTaskElasticNetCV and
-LogisticRegressionCV are scikit-learn's.
+its private compiled solvers don't touch our classes, and LogisticRegressionCV is scikit-learn's.
 """
 
 from __future__ import annotations
@@ -21,10 +20,6 @@ FILES = ("test_coordinate_descent.py", "test_sparse_coordinate_descent.py", "tes
 EXCEPTIONS = {
     "test_lasso_dual_gap": "compares seven digits of the duality gap with a formula; here both are rounding, 1e-16",
     "test_lassoCV_does_not_set_precompute": "replaces the Lasso in scikit-learn's private module, which is not ours",
-    "test_1d_multioutput_enet_and_multitask_enet_cv": "expects the seven digits of scikit-learn's "
-    "MultiTaskElasticNetCV, which is exact to three",
-    "test_1d_multioutput_lasso_and_multitask_lasso_cv": "expects the seven digits of scikit-learn's MultiTaskLassoCV, "
-    "which is exact to three",
     "test_n_iter": "counts the iterations of sag, saga and lsqr; Ridge is solved directly",
     "test_lbfgs_solver_error": "expects that one step of L-BFGS is not enough; one Newton step is",
     "test_liblinear_dual_random_state": "expects that other seeds give other coefficients",

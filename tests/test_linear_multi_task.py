@@ -14,7 +14,17 @@ import torch
 from linear_cases import CASES, sparse_case
 from sklearn.exceptions import ConvergenceWarning
 
-from torchreg.linear import Lasso, MultiTaskElasticNet, MultiTaskLasso, block_descent
+from torchreg.linear import (
+    Lasso,
+    LassoCV,
+    MultiTaskElasticNet,
+    MultiTaskElasticNetCV,
+    MultiTaskLasso,
+    MultiTaskLassoCV,
+    block_descent,
+    enet_path,
+    lasso_path,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own
 ESTIMATORS = [MultiTaskLasso, MultiTaskElasticNet]
@@ -258,3 +268,70 @@ def test_models_survive_copies_and_pickles() -> None:
     model = MultiTaskElasticNet(0.5).fit(x, y)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert np.array_equal(twin.predict(x), model.predict(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_path_is_its_single_fits(name: str) -> None:
+    x, y = data(name)
+    x, y = x - x.mean(0), y - y.mean(0)
+    alphas, coefs, gaps, steps = lasso_path(x, y, alphas=20, return_n_iter=True)
+    assert alphas[0] == pytest.approx(largest(x, y))
+    assert coefs.shape == (3, x.shape[1], 20)
+    assert gaps.max() <= 1e-12 * (y**2).sum() / len(y)
+    assert len(steps) == 20
+    for i in (1, 8, 19):
+        single = MultiTaskLasso(alphas[i], fit_intercept=False).fit(x, y).coef_
+        assert np.array_equal(coefs[..., i] != 0, single != 0)
+        np.testing.assert_allclose(coefs[..., i], single, rtol=0, atol=1e-9 * max(1.0, np.abs(single).max()))
+
+
+def test_paths_of_sparse_data_and_tensors_are_the_dense_ones() -> None:
+    x, y = sparse_case()
+    y = targets(x, y)
+    alphas, coefs, _ = enet_path(x.toarray(), y, alphas=10)
+    for given, wanted in ((x, y), (torch.tensor(x.toarray()), torch.tensor(y))):
+        again = enet_path(given, wanted, alphas=10)
+        np.testing.assert_allclose(again[0], alphas)
+        np.testing.assert_allclose(again[1], coefs, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="positive=True is not allowed"):
+        lasso_path(x, y, positive=True)
+
+
+def test_strengths_down_to_none_end_at_least_squares() -> None:
+    x, y = data("tall")
+    coefs = lasso_path(x, y, alphas=[1.0, 0.1, 0.0])[1]
+    np.testing.assert_allclose(coefs[..., 2], np.linalg.lstsq(x, y)[0].T, rtol=1e-8)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_cross_validation_is_scikit_learns(name: str, weighted: bool) -> None:
+    x, y = data(name)
+    weights = np.random.default_rng(1).uniform(0.1, 3, len(y)) if weighted else None
+    settings = {"l1_ratio": [0.5, 0.9], "alphas": 6, "eps": 0.02, "cv": 3}
+    ours = MultiTaskElasticNetCV(**settings).fit(x, y, sample_weight=weights)
+    theirs = sklearn.linear_model.MultiTaskElasticNetCV(**settings, tol=1e-10, max_iter=100_000)
+    theirs.fit(x, y, sample_weight=weights)
+    np.testing.assert_allclose(ours.alphas_, theirs.alphas_)
+    np.testing.assert_allclose(ours.mse_path_, theirs.mse_path_, rtol=1e-6)
+    assert (ours.alpha_, ours.l1_ratio_) == pytest.approx((theirs.alpha_, theirs.l1_ratio_))
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=0, atol=1e-6 * np.abs(theirs.coef_).max())
+
+
+def test_cross_validation_of_one_target_is_that_of_the_lasso() -> None:
+    x, y = CASES["wide"]()
+    ours, lasso = MultiTaskLassoCV(alphas=8, cv=3).fit(x, y[:, None]), LassoCV(alphas=8, cv=3).fit(x, y)
+    np.testing.assert_allclose(ours.mse_path_, lasso.mse_path_, rtol=1e-8)
+    np.testing.assert_allclose(ours.coef_[0], lasso.coef_, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="For mono-task outputs, use LassoCV"):
+        MultiTaskLassoCV().fit(x, y)
+
+
+def test_cross_validation_of_sparse_data_and_tensors() -> None:
+    x, y = sparse_case()
+    y = targets(x, y)
+    dense = MultiTaskLassoCV(alphas=5, cv=3).fit(x.toarray(), y)
+    np.testing.assert_allclose(MultiTaskLassoCV(alphas=5, cv=3).fit(x, y).mse_path_, dense.mse_path_, rtol=1e-8)
+    tensors = MultiTaskLassoCV(alphas=5, cv=3).fit(torch.tensor(x.toarray()), torch.tensor(y))
+    assert isinstance(tensors.coef_, torch.Tensor)
+    np.testing.assert_allclose(tensors.mse_path_, dense.mse_path_, rtol=1e-8)

@@ -20,7 +20,9 @@ from torchreg.linear import (
     LassoCV,
     LogisticRegression,
     MultiTaskElasticNet,
+    MultiTaskElasticNetCV,
     MultiTaskLasso,
+    MultiTaskLassoCV,
 )
 
 SUITE = Path(__file__).with_name("sklearn_suite.py")
@@ -35,7 +37,13 @@ def run(*arguments: str) -> str:
 
 
 FAST = [Lasso(), ElasticNet(), LassoCV(alphas=4, cv=3), ElasticNetCV(alphas=4, cv=3)]
-GROUPS = [MultiTaskLasso(), MultiTaskElasticNet(), GroupLasso()]
+GROUPS = [
+    MultiTaskLasso(),
+    MultiTaskElasticNet(),
+    GroupLasso(),
+    MultiTaskLassoCV(alphas=4, cv=3),
+    MultiTaskElasticNetCV(alphas=4, cv=3),
+]
 CLASSIFIERS = [LogisticRegression(), LogisticRegression(l1_ratio=0.5)]
 DEFAULT = [pytest.param(LassoCV(), marks=pytest.mark.slow), pytest.param(ElasticNetCV(), marks=pytest.mark.slow)]
 

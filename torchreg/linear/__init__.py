@@ -13,6 +13,7 @@ from torchreg.linear.elastic_net import ElasticNet, Lasso
 from torchreg.linear.group_lasso import GroupLasso
 from torchreg.linear.logistic import LogisticRegression
 from torchreg.linear.multi_task import MultiTaskElasticNet, MultiTaskLasso
+from torchreg.linear.multi_task_cv import MultiTaskElasticNetCV, MultiTaskLassoCV
 from torchreg.linear.paths import alpha_max, enet_path, lasso_path
 from torchreg.linear.ridge import Ridge
 from torchreg.linear.ridge_cv import RidgeCV
@@ -26,7 +27,9 @@ __all__ = [
     "LassoCV",
     "LogisticRegression",
     "MultiTaskElasticNet",
+    "MultiTaskElasticNetCV",
     "MultiTaskLasso",
+    "MultiTaskLassoCV",
     "Ridge",
     "RidgeCV",
     "alpha_max",

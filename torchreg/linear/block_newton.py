@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from torchreg.linear import block_descent
+from torchreg.linear.block_hessian import Hessian
 from torchreg.linear.blocks import Blocks
-from torchreg.linear.newton import CROSSINGS, MANY, SHARES, SLACK, Minimum
+from torchreg.linear.newton import CROSSINGS, MANY, SHARES, SLACK
 from torchreg.linear.problem import Strength
 
-_LIFT = 1e-10  # of a norm's curvature across it is added along it: where columns are dependent there may be none
 _COARSE = 5e-2  # of the strength: an error of the gradient that is small enough to look for other groups
-_CLOSE = 1e-6  # of it: what coordinate descent is asked for before Newton steps, which square it
+_CLOSE = 1e-3  # of it: what coordinate descent is asked for before Newton steps, which square it
 _FINE = 1e-10  # of the largest moment
 _ROUNDING = 1e-8  # from here on an error that Newton steps no longer lower is rounding
-_SWEEPS = 50  # of coordinate descent, before Newton steps
+_SWEEPS = 30  # of coordinate descent, before Newton steps
 _PER_STEP = 10  # of them, for one step that users allow
+_QUICK = 0.1  # of the error may be left by a step for the next one to use the same Hessian
 _BACKWARDS = 40  # halvings of a step
 _TURNS = 10  # a group that has entered this often by now only moves by rounding
+
+
+@dataclass(frozen=True)
+class BlockMinimum:
+    """A minimiser, the steps it took, and the last face on the way there."""
+
+    w: Tensor
+    steps: int
+    face: Face | None
 
 
 def minimise(
@@ -32,16 +43,12 @@ def minimise(
     start: Tensor | None = None,
     limit: int = 1000,
     coarse: bool = False,
-) -> Minimum:
+) -> BlockMinimum:
     """The minimiser of ½·tr(WGWᵀ) − tr(BWᵀ) + l1·Σ_g v_g‖W_g‖ + ½·l2·‖W‖² over W of shape (targets, columns).
 
     Where no group is zero the penalty is smooth. Newton steps are taken on the groups that are not zero; those that
     would pass zero are stopped there, at the best of some points of the segment; at the minimiser all zeros that
     violate the optimality conditions, ‖(B − WG)_g‖ ≤ l1·v_g, enter in blocks, by an exact step along their gradients.
-    The Hessian is (G + l2 + D)⊗I − UCUᵀ, with D = l1·v_g/‖W_g‖ for each column and one vector of U for each group, so
-    that a step costs two Cholesky factors of the number of columns, whatever the number of targets. Without the second
-    term it is a step on an upper bound of the objective, which never fails.
-
     On the CPU, where a compiler is found, sweeps of coordinate descent come first.
 
     Args:
@@ -63,9 +70,10 @@ def minimise(
         w, sweeps = block_descent.sweep(gram, moment, blocks, strength, w, least, min(limit * _PER_STEP, _SWEEPS))
         steps = math.ceil(sweeps / _PER_STEP)
         if coarse or steps >= limit:
-            return Minimum(w, steps, False)
-    found = _Descent(gram, moment, blocks, strength).run(w, limit - steps, coarse)
-    return Minimum(found.w, steps + found.steps, found.exact)
+            return BlockMinimum(w, steps, None)
+    descent = _Descent(gram, moment, blocks, strength)
+    w, taken = descent.run(w, limit - steps, coarse)
+    return BlockMinimum(w, steps + taken, descent.face)
 
 
 class _Descent:
@@ -73,9 +81,10 @@ class _Descent:
         self.gram, self.moment, self.blocks, self.strength = gram, moment, blocks, strength
         self.l2, self.strengths = strength.l2, strength.l1 * blocks.weights
         self.largest = float(moment.abs().max()) if moment.numel() else 0.0
+        self.face: Face | None = None
         self.entered = torch.zeros(blocks.count, dtype=torch.int32, device=moment.device)
 
-    def run(self, w: Tensor, limit: int, coarse: bool) -> Minimum:
+    def run(self, w: Tensor, limit: int, coarse: bool) -> tuple[Tensor, int]:
         steps, fine = 0, False
         while True:
             settled = False
@@ -84,18 +93,19 @@ class _Descent:
                 if not bool(alive.any()):
                     break
                 groups = torch.nonzero(alive).squeeze(1)
-                face = Face(self.gram, self.moment, self.blocks, self.strength, groups)
-                w, taken, settled = face.descend(w, limit - steps, fine)
+                if self.face is None or not torch.equal(groups, self.face.groups):
+                    self.face = Face(self.gram, self.moment, self.blocks, self.strength, groups)
+                w, taken, settled = self.face.descend(w, limit - steps, fine)
                 steps += taken
                 if steps >= limit:
-                    return Minimum(w, steps, False)
+                    return w, steps
             pull = self.pull(w)
             entering = self.entering(w, pull)
             if len(entering):
                 w = self.enter(w, pull, entering)
                 fine = False
             elif fine or coarse or not settled:
-                return Minimum(w, steps, True)
+                return w, steps
             else:
                 fine = True
 
@@ -132,6 +142,19 @@ class _Descent:
         return w
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Coefficients of a face with their groups' norms, the pull (B − WG), the negative gradient and its size."""
+
+    w: Tensor
+    norms: Tensor
+    pull: Tensor
+    error: Tensor
+    size: float
+    emptied: bool = False
+    """Whether groups became zero on the way here; only w is known then."""
+
+
 class Face:
     """The groups that are not zero. Arrays here hold their columns only."""
 
@@ -150,34 +173,33 @@ class Face:
         self.moment = moment[:, self.columns]
         self.coarse = _COARSE * float(self.strengths.min())
         self.fine = _FINE * float(moment.abs().max())
+        self.groups = groups
+        self.hessian: Hessian | None = None
 
     def descend(self, w: Tensor, limit: int, fine: bool) -> tuple[Tensor, int, bool]:
-        """Newton steps until the gradient is zero or a group is.
+        """Newton steps until the gradient is zero or a group is; one Hessian serves as long as it does so quickly.
 
         Returns:
             The new point, the number of steps, and whether the gradient is zero.
         """
-        result, w, steps = torch.zeros_like(w), w[:, self.columns], 0
-        pull = self.pull(w)
-        error = self.error(w, pull)
-        size, settled = float(error.abs().max()), False
+        result, here, steps, settled = torch.zeros_like(w), self.at(w[:, self.columns]), 0, False
         while True:
-            settled = size <= (self.fine if fine else self.coarse)
+            settled = here.size <= (self.fine if fine else self.coarse)
             if settled or steps >= limit:
                 break
             steps += 1
-            moved, emptied = self.step(w, pull, error)
-            if emptied:
-                w = moved
+            fresh = self.hessian is None
+            moved = self.step(here)
+            if moved.emptied:
+                here, self.hessian = moved, None
                 break
-            pull = self.pull(moved)
-            error = self.error(moved, pull)
-            before, size = size, float(error.abs().max())
-            if size > 0.5 * before and before <= _ROUNDING / _FINE * self.fine:
-                w, settled = (moved if size < before else w), True
+            if fresh and moved.size > 0.5 * here.size and here.size <= _ROUNDING / _FINE * self.fine:
+                here, settled = (moved if moved.size < here.size else here), True
                 break
-            w = moved
-        result[:, self.columns] = w
+            if moved.size > _QUICK * here.size:
+                self.hessian = None
+            here = moved
+        result[:, self.columns] = here.w
         return result, steps, settled
 
     def refined(self, w: Tensor, pull: Tensor, accurate: float) -> Tensor | None:
@@ -187,95 +209,60 @@ class Face:
             The new point, or None where the error is less than is accurate.
         """
         result, here = torch.zeros_like(w), w[:, self.columns]
-        error = self.error(here, pull[:, self.columns] - self.l2 * here)
+        norms = self.blocks.norms(here)
+        error = self.error(here, pull[:, self.columns] - self.l2 * here, norms)
         if not float(error.abs().max()) > accurate:
             return None
-        result[:, self.columns] = here + newton_step(
-            self.gram, self.blocks, self.strengths, here, self.blocks.norms(here), error
-        )
+        if self.hessian is None:
+            self.hessian = Hessian(self.gram, self.blocks, self.strengths, here, norms)
+        result[:, self.columns] = here + self.hessian.solve(error)
         return result
 
-    def pull(self, w: Tensor) -> Tensor:
-        """The negative gradient of the quadratic part."""
-        return torch.addmm(self.moment, w, self.gram, alpha=-1)
-
-    def error(self, w: Tensor, pull: Tensor) -> Tensor:
-        """The negative gradient."""
-        return pull - w * self.blocks.spread(self.strengths / self.blocks.norms(w))
-
-    def step(self, w: Tensor, pull: Tensor, error: Tensor) -> tuple[Tensor, bool]:
-        """A new point, and whether groups became zero on the way there."""
+    def at(self, w: Tensor) -> _Point:
+        """A point whose groups are not zero."""
+        pull = torch.addmm(self.moment, w, self.gram, alpha=-1)
         norms = self.blocks.norms(w)
-        d = newton_step(self.gram, self.blocks, self.strengths, w, norms, error)
+        error = self.error(w, pull, norms)
+        return _Point(w, norms, pull, error, float(error.abs().max()))
+
+    def error(self, w: Tensor, pull: Tensor, norms: Tensor) -> Tensor:
+        """The negative gradient."""
+        return pull - w * self.blocks.spread(self.strengths / norms)
+
+    def step(self, here: _Point) -> _Point:
+        """The next point; a full step brings the gradient or the objective down, or a shorter one the objective."""
+        w, norms = here.w, here.norms
+        if self.hessian is None:
+            self.hessian = Hessian(self.gram, self.blocks, self.strengths, w, norms)
+        d = self.hessian.solve(here.error)
         inward = -self.blocks.sums((w * d).sum(0))
         when = torch.where(inward > 0, norms.square() / inward, torch.inf)
-        crosses = when < 1
+        crosses = when <= 1
         if not bool(crosses.any()):
-            moved = w + d
-            if self.falls(w, moved, norms, pull, error):
-                return moved, False
+            moved = self.at(w + d)
             for _ in range(_BACKWARDS):
-                d = 0.5 * d
-                moved = w + d
-                if float(self.change(w, moved.unsqueeze(0), norms, pull)) < 0:
-                    return moved, False
-            return moved, False
+                if moved.size <= 0.5 * here.size or float(self.change(here, moved.w.unsqueeze(0))) <= 0:
+                    break
+                self.hessian, d = None, 0.5 * d
+                moved = self.at(w + d)
+            return moved
+        self.hessian = None
         first = torch.sort(when[crosses]).values[:CROSSINGS]
         times = torch.cat([first, first.new_tensor(SHARES)])
         inside = times.unsqueeze(1) < when
         kept = inside if self.blocks.alone else inside[:, self.blocks.labels]
         points = torch.where(kept.unsqueeze(1), w + times.view(-1, 1, 1) * d, 0.0)
-        points = torch.cat([points, (w + d).unsqueeze(0), (w + 0.5 * float(first[0]) * d).unsqueeze(0)])
-        changes = self.change(w, points, norms, pull)
+        points = torch.cat([points, (w + 0.5 * float(first[0]) * d).unsqueeze(0)])
+        changes = self.change(here, points)
         best = int(changes.argmin())
         if not float(changes[best]) < 0:  # the nearest group is as good as zero
             best = 0
-        return points[best] + 0.0, best < len(times) and not bool(inside[best].all())
+        if best < len(times) and not bool(inside[best].all()):
+            return replace(here, w=points[best] + 0.0, emptied=True)
+        return self.at(points[best])
 
-    def falls(self, w: Tensor, moved: Tensor, norms: Tensor, pull: Tensor, error: Tensor) -> bool:
-        """Whether a full step brings the gradient or the objective down."""
-        if float(self.error(moved, self.pull(moved)).abs().max()) <= 0.5 * float(error.abs().max()):
-            return True
-        return float(self.change(w, moved.unsqueeze(0), norms, pull)) <= 0
-
-    def change(self, w: Tensor, points: Tensor, norms: Tensor, pull: Tensor) -> Tensor:
-        """Of the objective, from w to each of some points (m, targets, columns)."""
-        d = points - w
-        smooth = (d * (0.5 * (d @ self.gram) - pull)).sum((1, 2))
-        return smooth + (self.blocks.norms(points) - norms) @ self.strengths
-
-
-def newton_step(gram: Tensor, blocks: Blocks, strengths: Tensor, w: Tensor, norms: Tensor, error: Tensor) -> Tensor:
-    """H⁻¹ times an error, both of shape (targets, columns), for the Hessian H at w, of whose groups none is zero."""
-    curvature = strengths / norms
-    spread = blocks.spread(curvature)
-    unit = w / blocks.spread(norms)
-    upper = gram + torch.diag(spread)
-    if len(w) == 1:
-        across = (1 - _LIFT) * spread * unit[0]
-        if blocks.alone:
-            upper.diagonal().sub_(across * unit[0])
-        else:
-            same = blocks.labels.unsqueeze(1) == blocks.labels
-            upper -= torch.where(same, across.unsqueeze(1) * unit[0], 0.0)
-        factor, failed = torch.linalg.cholesky_ex(upper)
-        if not bool(failed):
-            return torch.cholesky_solve(error.T, factor).T
-        upper = gram + torch.diag(spread)
-    factor, failed = torch.linalg.cholesky_ex(upper)
-    if bool(failed):
-        factor = torch.linalg.cholesky(upper + torch.diag(1e-12 * upper.diagonal()))
-    inverse = torch.cholesky_inverse(factor)
-    safe = error @ inverse
-    if len(w) == 1:
-        return safe
-    coupled = inverse * (unit.T @ unit)
-    if not blocks.alone:
-        coupled = blocks.sums(blocks.sums(coupled).T)
-    matrix = torch.diag(1 / ((1 - _LIFT) * curvature)) - coupled
-    along = blocks.sums((unit * safe).sum(0))
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if bool(failed):
-        return safe
-    more = torch.cholesky_solve(along.unsqueeze(1), factor).squeeze(1)
-    return safe + (unit * blocks.spread(more)) @ inverse
+    def change(self, here: _Point, points: Tensor) -> Tensor:
+        """Of the objective, from here to each of some points (m, targets, columns)."""
+        d = points - here.w
+        smooth = (d * (0.5 * (d @ self.gram) - here.pull)).sum((1, 2))
+        return smooth + (self.blocks.norms(points) - here.norms) @ self.strengths

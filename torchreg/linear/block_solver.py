@@ -22,6 +22,7 @@ _FEWEST = 50  # columns that may enter at a time
 _RATIO = 2.5  # of intermediate strengths
 _NEAR = 0.9  # of the strength: a pull from which on a group may enter ahead of time
 _LEFT = 1e-6  # of ‖Y‖²: a residual below is a difference of nearly equal numbers where it comes from the Gram matrix
+_AT_ONCE = 0.7  # of the strength before: from here on its solution is near enough to look for the new one at once
 _REFINEMENTS = 4
 _ON_THE_WAY = 1000  # steps at most for an intermediate strength
 
@@ -95,6 +96,7 @@ class _State:
         self._groups = torch.empty(0, dtype=torch.long, device=device)
         self.w = problem.target.new_zeros(len(problem.target), 0)
         self.before = problem.largest
+        self.face: Face | None = None
         self.working: WorkingSet | _All
         self._by_gram = is_narrow(problem.design, strengths) and strengths > 1
         if is_narrow(problem.design, strengths):
@@ -161,7 +163,7 @@ class _State:
             self.check()
             self.before, stage = stage.l1, self.next(strength)
         least = 2 * stage.l1 - self.before
-        coarse = True
+        coarse = strength.l1 < _AT_ONCE * self.before
         while steps < limit:
             steps += self.descend(strength, least, limit - steps, coarse)
             self.check()
@@ -199,7 +201,7 @@ class _State:
         gram, moment = self.working.gram, self.working.moment
         with threads_for(len(self.working)):
             best = minimise(gram, moment, self.blocks, strength, start=self.w, limit=limit, coarse=coarse)
-        self.w = best.w
+        self.w, self.face = best.w, best.face
         return best.steps
 
     def refine(self, strength: Strength) -> float:
@@ -207,12 +209,10 @@ class _State:
         gap = self.gap(strength)
         accurate = ACCURATE * float(self.problem.moment.abs().max())
         for _ in range(_REFINEMENTS):
-            blocks, w, pull = self.blocks, self.w, self.pull
-            alive = torch.nonzero(blocks.norms(w) > 0).squeeze(1)
-            if not len(alive):
+            w, face = self.w, self.face
+            if face is None or not bool(w.any()):
                 break
-            face = Face(self.working.gram, self.working.moment, blocks, strength, alive)
-            moved = face.refined(w, pull[:, self.working.index], accurate)
+            moved = face.refined(w, self.pull[:, self.working.index], accurate)
             if moved is None:
                 break
             self.w = moved

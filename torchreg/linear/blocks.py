@@ -35,6 +35,12 @@ class Blocks:
         labels = self.labels
         return len(labels) == self.count and bool((labels == torch.arange(len(labels), device=labels.device)).all())
 
+    @cached_property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of all pairs of columns in one group."""
+        row, column = torch.nonzero(self.labels.unsqueeze(1) == self.labels, as_tuple=True)
+        return row, column
+
     def sums(self, values: Tensor) -> Tensor:
         """Of each group's columns: (..., columns) -> (..., groups)."""
         if self.alone:

@@ -21,8 +21,8 @@ from torchreg.linear.paths import alpha_grid, enet_path, lasso_path
 from torchreg.linear.problem import Problem, Strength
 
 
-class _CrossValidated(TensorPrediction):
-    """What both estimators share: fit, and scikit-learn's choice of the strength."""
+class CrossValidated(TensorPrediction):
+    """What these estimators share: fit, and scikit-learn's choice of the strength."""
 
     eps: float
     alphas: Any
@@ -54,14 +54,10 @@ class _CrossValidated(TensorPrediction):
         """
         _raise_for_params(params, self, "fit")
         data = read(self, X, y, sample_weight)
-        if data.y.shape[1] > 1:
-            raise ValueError(f"For multi-task outputs, use MultiTask{type(self).__name__}")
-        if not data.single and data.home is None:
-            y = column_or_1d(y, warn=True)
+        y = self._target(data, y)
         ratios = self._ratios()
         grids = self._grids(data, ratios)
-        splits = list(self._splits(data, X, y, sample_weight, params))
-        folds = Folds(data, splits, self.fit_intercept, self.positive, self.solver)
+        folds = self._folds(data, list(self._splits(data, X, y, sample_weight, params)))
         errors = []
         for ratio, grid in zip(ratios, grids, strict=True):
             strengths = [Strength(float(a) * ratio, float(a) * (1 - ratio)) for a in grid]
@@ -79,6 +75,18 @@ class _CrossValidated(TensorPrediction):
         self._refit(X, y, sample_weight, ratios[best])
         return self
 
+    def _target(self, data: Data, y: Any) -> Any:
+        """What is given as y to the splitter and the final fit."""
+        if data.y.shape[1] > 1:
+            raise ValueError(f"For multi-task outputs, use MultiTask{type(self).__name__}")
+        return column_or_1d(y, warn=True) if not data.single and data.home is None else y
+
+    def _problem(self, data: Data) -> Problem:
+        return Problem(data.design(self.fit_intercept)[0], data.targets(self.fit_intercept)[0][0], self.positive)
+
+    def _folds(self, data: Data, splits: list[tuple[Any, Any]]) -> Folds:
+        return Folds(data, splits, self.fit_intercept, self.positive, self.solver)
+
     def _splits(self, data: Data, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> Any:
         routed = {}
         if _routing_enabled():
@@ -93,7 +101,7 @@ class _CrossValidated(TensorPrediction):
             for i, alpha in enumerate(self.alphas):
                 check_scalar(alpha, f"alphas[{i}]", target_type=numbers.Real, min_val=0.0, include_boundaries="left")
             return [np.sort(self.alphas)[::-1]] * len(ratios)
-        problem = Problem(data.design(self.fit_intercept)[0], data.targets(self.fit_intercept)[0][0], self.positive)
+        problem = self._problem(data)
         return [alpha_grid(problem, ratio, self.eps, int(self.alphas)) for ratio in ratios]
 
     def _refit(self, X: Any, y: Any, sample_weight: Any, ratio: float) -> None:
@@ -101,7 +109,7 @@ class _CrossValidated(TensorPrediction):
         own = model.get_params()
         model.set_params(**{name: value for name, value in self.get_params().items() if name in own})
         model.alpha, model.l1_ratio = self.alpha_, ratio
-        if isinstance(self.precompute, str):
+        if isinstance(getattr(self, "precompute", None), str):
             model.precompute = False
         if sample_weight is None:
             model.fit(X, y)
@@ -111,7 +119,7 @@ class _CrossValidated(TensorPrediction):
         self.dual_gap_, self.n_iter_ = model.dual_gap_, model.n_iter_
 
 
-class LassoCV(_CrossValidated, sklearn.linear_model.LassoCV):
+class LassoCV(CrossValidated, sklearn.linear_model.LassoCV):
     """Lasso whose strength is chosen by cross-validation.
 
     Parameters and attributes are those of `sklearn.linear_model.LassoCV`; `ElasticNet` says what differs. For p ≤ n all
@@ -178,7 +186,7 @@ class LassoCV(_CrossValidated, sklearn.linear_model.LassoCV):
         return Lasso()
 
 
-class ElasticNetCV(_CrossValidated, sklearn.linear_model.ElasticNetCV):
+class ElasticNetCV(CrossValidated, sklearn.linear_model.ElasticNetCV):
     """Elastic Net whose strength, and l1_ratio among several, are chosen by cross-validation.
 
     Parameters and attributes are those of `sklearn.linear_model.ElasticNetCV`; `LassoCV` says what differs.

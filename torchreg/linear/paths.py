@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import enet_path as _coupled_path
 
-from torchreg.linear.inputs import read
+from torchreg.linear.block_problem import BlockProblem
+from torchreg.linear.block_solver import solve_blocks
+from torchreg.linear.blocks import Blocks
+from torchreg.linear.inputs import Data, read
 from torchreg.linear.precomputed import gram_of
 from torchreg.linear.problem import Problem, Strength
 from torchreg.linear.solver import SOLVERS, solve
@@ -153,7 +155,7 @@ def enet_path(
 
     Args:
         X: shape (samples, features), dense or sparse; a tensor's path is computed where it is.
-        y: shape (samples,). Several targets, which are coupled in scikit-learn's function, are passed on to it.
+        y: shape (samples,), or (samples, targets): the path of `MultiTaskElasticNet`.
         l1_ratio: the share of L1 in [0, 1].
         eps: the smallest strength over the largest one, for an automatic grid.
         alphas: the strengths, or how many of them.
@@ -166,7 +168,8 @@ def enet_path(
             solver is ignored, as are `Xy`, `copy_X` and `verbose`.
 
     Returns:
-        The strengths (m,), coefficients (features, m) and duality gaps (m,); with `return_n_iter` the steps.
+        The strengths (m,), coefficients (features, m), or (targets, features, m), and duality gaps (m,); with
+        `return_n_iter` the steps.
 
     Raises:
         ValueError: for unsuitable data, unknown parameters, or an automatic grid with l1_ratio=0.
@@ -184,30 +187,37 @@ def enet_path(
         raise ValueError("Unexpected parameters in params", unknown)
     if not 0 <= l1_ratio <= 1:
         raise ValueError(f"Expected `l1_ratio` in [0, 1], got {l1_ratio!r}.")
-    if getattr(y, "ndim", None) == 2 or (not hasattr(y, "ndim") and np.ndim(y) == 2):
-        if positive:
-            raise ValueError("positive=True is not allowed for multi-output (y.ndim != 1)")
-        return _coupled_path(
-            X, y, l1_ratio=l1_ratio, eps=eps, alphas=chosen, coef_init=coef_init, return_n_iter=return_n_iter, **params
-        )
     data = read(_Anything(), X, y, params.get("sample_weight"), check_input)
     problem = Problem(data.design(False)[0], data.targets(False)[0][0], positive)
+    if not data.single:
+        if positive:
+            raise ValueError("positive=True is not allowed for multi-output (y.ndim != 1)")
+        problem = all_targets(data, False)
     counted = isinstance(chosen, numbers.Integral)
     strengths = alpha_grid(problem, l1_ratio, eps, int(chosen)) if counted else _falling(chosen)
     start = None if coef_init is None else torch.as_tensor(coef_init).to(data.y.device, torch.float64)
-    found = solve(
-        problem,
-        [Strength(float(a) * l1_ratio, float(a) * (1 - l1_ratio)) for a in strengths],
-        limit=params.get("max_iter", 1000),
-        start=start,
-        gram=gram_of(precompute, problem.design, None, check_input),
-        method=_method(params.get("solver", "auto")),
-    )
+    pairs = [Strength(float(a) * l1_ratio, float(a) * (1 - l1_ratio)) for a in strengths]
+    limit, method = params.get("max_iter", 1000), _method(params.get("solver", "auto"))
+    found: Any
+    if isinstance(problem, BlockProblem):
+        if method not in ("auto", "newton"):
+            raise ValueError(f"Expected `solver` to be 'auto' or 'newton' for several targets, got {method!r}.")
+        found = list(solve_blocks(problem, pairs, limit=limit, start=start))
+        coefs = torch.stack([s.w for s in found], 2)
+    else:
+        gram = gram_of(precompute, problem.design, None, check_input)
+        found = solve(problem, pairs, limit=limit, start=start, gram=gram, method=method)
+        coefs = torch.stack([s.full(problem.design.features) for s in found], 1)
     for solution in found:
         warn_if_far(solution.gap, problem.power, problem.design.eps, params.get("tol", 1e-4))
-    coefs = data.result(torch.stack([s.full(problem.design.features) for s in found], 1))
-    result = strengths, coefs, np.array([s.gap for s in found])
+    result = strengths, data.result(coefs), np.array([s.gap for s in found])
     return (*result, [s.steps for s in found]) if return_n_iter else result
+
+
+def all_targets(data: Data, centred: bool) -> BlockProblem:
+    """All targets as one problem, in which each feature is a group."""
+    design, _ = data.design(centred)
+    return BlockProblem(design, data.targets(centred)[0], blocks=Blocks.single(design.features, data.y.device))
 
 
 def warn_if_far(gap: float, power: float, eps: float, tol: float) -> None:
