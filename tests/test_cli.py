@@ -25,7 +25,7 @@ def test_version_help_and_no_arguments(capsys):
     assert capsys.readouterr() == alone
     assert "compare" in alone.out
     assert "inspect" in alone.out
-    for command in ("compare", "inspect"):
+    for command in ("compare", "inspect", "path", "report"):
         assert main([command, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: torchreg {command}")
 

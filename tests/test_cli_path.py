@@ -8,7 +8,7 @@ import stat
 
 import numpy as np
 import pytest
-from command import assert_refused, program, run_json
+from command import assert_refused, run_json
 
 from torchreg.cli import main
 
@@ -235,9 +235,3 @@ def test_names_cannot_write_to_the_terminal(at_home, capsys):
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err
     assert "\\x1b[31m" in out
-
-
-def test_an_ascii_terminal_gets_the_table(at_home):
-    done = program("path", "--no-figure", "--alphas", 5, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "features used" in done.stdout

@@ -4,9 +4,12 @@ import subprocess
 import sys
 
 
-def test_importing_torchreg_does_not_import_scikit_learn() -> None:
-    code = "import sys, torchreg; early = 'sklearn' in sys.modules; print(early, torchreg.linear.Lasso.__name__)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "Lasso"]
+def test_importing_torchreg_does_not_import_scikit_learn_nor_the_figures_matplotlib() -> None:
+    code = (
+        "import sys, torchreg, torchreg.plots; early = {'sklearn', 'matplotlib'} & set(sys.modules); "
+        "print(len(early), torchreg.linear.Lasso.__name__)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["0", "Lasso"]
 
 
 def test_without_scikit_learn_it_is_said_what_to_install() -> None:

@@ -84,7 +84,7 @@ def load_table(data: str, drop: Sequence[str] = ()) -> Table:
         CommandError: if it can't be read as one.
     """
     path, name = Path(data), data.replace("-", "_").lower()
-    if name in BUNDLED and not path.exists():
+    if name in BUNDLED and not path.is_file():
         return bundled(name)
     try:
         check_file(path, f"--data {data!r}")

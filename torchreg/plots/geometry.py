@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HALVINGS = 200
-PIXELS = 401
+PIXELS = 241
 
 
 def geometry(
@@ -72,7 +72,10 @@ def geometry(
     if len(names) != 2:
         raise ValueError(f"Expected two names of features, got {len(names)}.")
     design, target = design - design.mean(0), target - target.mean()
-    hessian, moment = design.T @ design / len(target), design.T @ target / len(target)
+    with np.errstate(over="ignore", invalid="ignore"):
+        hessian, moment = design.T @ design / len(target), design.T @ target / len(target)
+    if not (np.isfinite(hessian).all() and np.isfinite(moment).all()):
+        raise ValueError("Expected `X` and `y` of moderate size: their squares are beyond float64.")
     best = np.linalg.lstsq(hessian, moment, rcond=None)[0]
     if not np.abs(best).max() > 0:
         raise ValueError("Expected a target that is correlated with one of the features.")

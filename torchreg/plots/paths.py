@@ -55,6 +55,8 @@ def coefficient_path(
     features = len(table)
     if table.shape[1] != len(strengths):
         raise ValueError(f"Expected `coefs` of {len(strengths)} strengths, got the shape {table.shape}.")
+    if label_at is not None and not 0 < label_at < np.inf:
+        raise ValueError(f"Expected `label_at` to be positive, got {label_at}.")
     if names is not None and len(names) != features:
         raise ValueError(f"Expected {features} names of features, got {len(names)}.")
     names = [f"x{i + 1}" for i in range(features)] if names is None else [str(name) for name in names]

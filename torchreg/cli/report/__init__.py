@@ -16,6 +16,7 @@ from torchreg.cli.output import CommandError, print_error, print_result, printab
 NAME = "report.html"
 MARK = b"<!doctype html><!-- torchreg report -->"
 MOST_WARNINGS = 5
+MOST_RUNS = 100
 
 DESCRIPTION = """\
 Reads the TensorBoard event files below a folder, as torchreg.SparsityMonitor and `torchreg compare` write them, and
@@ -59,13 +60,17 @@ def run(arguments: argparse.Namespace) -> None:
     names = [name for name in files if arguments.runs is None or fnmatch.fnmatchcase(name, arguments.runs)]
     if not names:
         raise CommandError(f"argument --runs: {arguments.runs!r} matches none of {len(files)} runs")
+    if len(names) > MOST_RUNS:
+        print_error(
+            "torchreg report", f"of {len(names)} runs the first {MOST_RUNS} are shown; --runs chooses", "warning"
+        )
     title = logdir.resolve().name or str(logdir)
-    runs = [read_run(title if name == "." else name, files[name]) for name in names]
+    runs = [read_run(title if name == "." else name, files[name]) for name in names[:MOST_RUNS]]
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     if not any(run.holds_something for run in runs):
         why = f": {problems[0]}" if problems else ""
         raise CommandError(f"the event files in {str(logdir)!r} hold nothing to show{why}")
-    content = page(title, runs)
+    content = page(title, runs, len(names) - len(runs))
     _write(out, MARK + content.encode("utf-8", "backslashreplace"))
     for problem in problems[:MOST_WARNINGS]:
         print_error("torchreg report", problem, kind="warning")
@@ -84,6 +89,8 @@ def _check(logdir: Path) -> None:
         raise CommandError(f"{str(logdir)!r} can't be read: {reason(error)}") from None
     if not stat.S_ISDIR(mode):
         raise CommandError(f"{str(logdir)!r} is no folder: give the one that holds the event files")
+    if not os.access(logdir, os.R_OK | os.X_OK):
+        raise CommandError(f"{str(logdir)!r} can't be read")
 
 
 def _check_out(out: Path) -> None:

@@ -13,7 +13,8 @@ HUGE, ROUNDING = 1e290, 1e-9
 """What is larger is drawn at this size; what differs by less is drawn as equal."""
 SPACE = 34
 """Between the first mark of the steps and the next, in pixels."""
-MOST_POINTS = 300
+MOST_POINTS, LEAST_POINTS, MOST_IN_ALL = 300, 60, 12_000
+"""Of a line, and of all lines of a chart."""
 LOG_RATIO = 50.0
 """Positive values that span more than this are drawn on a logarithmic axis, where that is allowed."""
 
@@ -51,6 +52,7 @@ def line_chart(lines: Sequence[Line], *, log: bool = False, percent: bool = Fals
     if log and least > 0 and most / least > LOG_RATIO:
         scale = "log"
     first, last = min(steps, default=0), max(steps, default=1)
+    most_each = max(LEAST_POINTS, min(MOST_POINTS, MOST_IN_ALL // max(1, len(lines))))
     low, high, ticks = _axis(least, most, scale)
 
     def x(step: int) -> float:
@@ -72,7 +74,7 @@ def line_chart(lines: Sequence[Line], *, log: bool = False, percent: bool = Fals
         )
     for line in lines:
         parts.append(f'<g class="{line.style}"><title>{html.escape(line.label)}</title>')
-        for piece in _pieces(thinned(line.points)):
+        for piece in _pieces(thinned(line.points, most_each)):
             corners = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in piece)
             if len(piece) == 1:
                 place = corners.split(",")
@@ -114,17 +116,17 @@ def _tamed(value: float) -> float:
     return max(-HUGE, min(HUGE, value)) if math.isfinite(value) else value
 
 
-def thinned(points: Sequence[Point]) -> Sequence[Point]:
-    """At most about 300 points: the least and the greatest of each of 150 pieces, so that no spike is lost.
+def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]:
+    """At most about so many points: the least and the greatest of half as many pieces, so that no spike is lost.
 
     >>> len(thinned([(i, float(i == 500)) for i in range(1000)])) <= 300
     True
     >>> max(v for _, v in thinned([(i, float(i == 500)) for i in range(1000)]))
     1.0
     """
-    if len(points) <= MOST_POINTS:
+    if len(points) <= most:
         return points
-    size = -(-len(points) // (MOST_POINTS // 2))
+    size = -(-len(points) // (most // 2))
     kept: list[Point] = []
     for start in range(0, len(points), size):
         piece = points[start : start + size]

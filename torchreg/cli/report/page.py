@@ -52,10 +52,10 @@ class Report:
         return [tag for tag in self.tags if tag.startswith(starts)]
 
 
-def page(title: str, runs: Sequence[Run]) -> str:
+def page(title: str, runs: Sequence[Run], left_out: int = 0) -> str:
     """The whole page as HTML without scripts, whose only sources are itself."""
     report = Report(runs)
-    body = [_head(title, report), _legend(report), final_tables(report.runs, report.groups, report.group)]
+    body = [_head(title, report, left_out), _legend(report), final_tables(report.runs, report.groups, report.group)]
     body += [
         _section("Losses and zeros", [figure for chart in OVERVIEW for figure in _figure(report, *chart)], 0),
         _charts(report, "Thresholds", report.beginning("threshold/", "strength_scale/"), log=True),
@@ -89,11 +89,12 @@ def _text(text: str) -> str:
     return html.escape(clean if len(clean) <= LONGEST_TAG else clean[: LONGEST_TAG - 1] + "…")
 
 
-def _head(title: str, report: Report) -> str:
+def _head(title: str, report: Report, left_out: int) -> str:
     count = len(report.runs)
     steps = max(run.steps for run in report.runs)
+    more = f" ({left_out:,} more are left out)" if left_out else ""
     return (
-        f"<h1>{_text(title)}</h1><p class='quiet'>{count} run{'s' * (count != 1)}, up to step {steps:,}; "
+        f"<h1>{_text(title)}</h1><p class='quiet'>{count} run{'s' * (count != 1)}{more}, up to step {steps:,}; "
         f"made by torchreg {html.escape(torchreg.__version__)}</p>"
     )
 
@@ -211,7 +212,7 @@ def _settings(report: Report) -> str:
         for run in runs
     )
     table = f"<div class='scroll'><table><thead><tr><th>run</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    return f"<section><h2>Settings</h2><details><summary>of {len(runs)} runs</summary>{table}</details></section>"
+    return f"<section><h2>Settings</h2><details><summary>{len(runs)} of the runs</summary>{table}</details></section>"
 
 
 def _setting(run: Run, name: str) -> str:

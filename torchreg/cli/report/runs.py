@@ -6,6 +6,7 @@ import math
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,21 +15,24 @@ from typing import Any
 from torchreg.cli.output import printable, reason
 from torchreg.cli.report.records import Damaged, events
 
-MOST_POINTS = 2000
+MOST_POINTS = 1000
 MOST_TAGS = 2000
+MOST_BINS = 1000
 MOST_PIXELS = 1 << 22
 LARGEST_IMAGE = 1 << 21
+LARGEST_IMAGES = 1 << 25
+"""Bytes of a file of an image, and of all images of a run."""
+LONGEST_TAG = 1000
 PNG = b"\x89PNG\r\n\x1a\n"
 WIDE, WIDE_DOUBLE = 1, 2
 """TensorFlow's numbers of the types float32 and float64."""
 
 
 class Curve:
-    """The values of a scalar. With more than 2000 points every second one is dropped, those to come included."""
+    """The values of a scalar. With more than 1000 points every second one is dropped, those to come included."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.values: list[float] = []
+        self.steps, self.values = array("q"), array("d")
         self.seen = 0
         self._every = 1
         self._last: tuple[int, float] = (0, math.nan)
@@ -88,6 +92,7 @@ class Run:
     histograms: dict[str, Histogram] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    image_bytes: int = 0
 
     @property
     def holds_something(self) -> bool:
@@ -146,7 +151,7 @@ def read_run(name: str, files: list[Path]) -> Run:
 
 
 def _take(run: Run, step: int, value: Any) -> None:
-    kind, tag = value.WhichOneof("value"), value.tag
+    kind, tag = value.WhichOneof("value"), value.tag[:LONGEST_TAG]
     if value.metadata.plugin_data.plugin_name == "hparams":
         run.settings.update(_settings(value.metadata.plugin_data.content))
     elif kind == "image" or (kind == "tensor" and value.metadata.plugin_data.plugin_name == "images"):
@@ -154,21 +159,34 @@ def _take(run: Run, step: int, value: Any) -> None:
         png = value.image.encoded_image_string if kind == "image" else strings[2] if len(strings) > 2 else b""
         size = png_size(png)
         if size is not None and _has_room(run, run.pictures, tag):
-            run.pictures[tag] = Picture(step, png, *size)
+            _keep(run, tag, Picture(step, png, *size))
     elif kind == "histo":
         h = value.histo
-        if len(h.bucket_limit) == len(h.bucket) and _has_room(run, run.histograms, tag):
+        if len(h.bucket_limit) == len(h.bucket) <= MOST_BINS and _has_room(run, run.histograms, tag):
             run.histograms[tag] = Histogram(step, h.min, tuple(h.bucket_limit), tuple(h.bucket))
     elif (number := _number(kind, value)) is not None and _has_room(run, run.curves, tag):
         run.curves.setdefault(tag, Curve()).add(step, number)
 
 
+def _keep(run: Run, tag: str, picture: Picture) -> None:
+    before = run.pictures.get(tag)
+    total = run.image_bytes + len(picture.png) - (len(before.png) if before else 0)
+    if total <= LARGEST_IMAGES:
+        run.pictures[tag], run.image_bytes = picture, total
+    else:
+        _note(run, f"of more than {LARGEST_IMAGES >> 20} MiB of images the first are read")
+
+
+def _note(run: Run, problem: str) -> None:
+    """Say it once."""
+    if problem not in run.problems:
+        run.problems.append(problem)
+
+
 def _has_room(run: Run, kept: dict[str, Any], tag: str) -> bool:
     if tag in kept or len(kept) < MOST_TAGS:
         return True
-    text = f"of more than {MOST_TAGS} tags the first are read"
-    if text not in run.problems:
-        run.problems.append(text)
+    _note(run, f"of more than {MOST_TAGS} tags the first are read")
     return False
 
 
