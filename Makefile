@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 MNIST ?= mnist.npz
+DATA ?= .
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-sklearn lint format bench bench-compact bench-files bench-linear bench-quality clean
+.PHONY: demo test test-sklearn lint format bench bench-compact bench-features bench-files bench-linear bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
@@ -39,6 +40,11 @@ bench-files: $(VENV)/.demo
 bench-linear: $(VENV)-peers/.ready
 	$(VENV)-peers/bin/python benchmarks/linear.py
 
+# In an environment of its own, with LassoNet, whose runs take most of the time, an hour or more. DATA=folder of
+# mnist.npz, fashion_mnist.npz and mice_protein.npz.
+bench-features: $(VENV)-features/.ready
+	$(VENV)-features/bin/python benchmarks/features.py --data $(DATA)
+
 # Up to an hour and a half. MNIST=path/to/mnist.npz says where the images are.
 bench-quality: $(VENV)/.demo
 	$(BIN)/python benchmarks/lenet.py --data $(MNIST)
@@ -46,7 +52,7 @@ bench-quality: $(VENV)/.demo
 	$(BIN)/python benchmarks/compare_routes.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-peers runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-features runs .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +73,9 @@ $(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)-peers/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[sklearn]" celer skglm adelie
+	touch $@
+
+$(VENV)-features/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-features
+	$(VENV)-features/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[sklearn]" torch==2.13.0 lassonet
 	touch $@

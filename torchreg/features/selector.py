@@ -216,7 +216,7 @@ class FeatureSelector(SelectorMixin, BaseEstimator):
 
     @property
     def task_(self) -> str:
-        """ "classification" or "regression"."""
+        """What the targets were taken for: "classification" or "regression"."""
         check_is_fitted(self)
         return self._targets.task
 
@@ -333,7 +333,7 @@ class FeatureSelector(SelectorMixin, BaseEstimator):
             widths = [int(width) for width in np.atleast_1d(self.hidden)]
             if min(widths, default=1) < 1:
                 raise ValueError(f"Expected `hidden` to hold positive widths, got {self.hidden!r}.")
-            return perceptron(features, widths, outputs, dropout).to(self._device())
+            return perceptron(features, widths, outputs, dropout).to(self._device(), torch.float32)
         network = self.network(features, outputs)
         if not isinstance(network, nn.Module):
             raise TypeError(f"Expected `network` to return a torch.nn.Module, got {type(network).__name__}.")

@@ -48,7 +48,7 @@ class Rows:
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """The rows of each batch of an epoch. The rest is dropped."""
         n = len(self.y)
-        order = torch.randperm(n, generator=generator).to(self.y.device)
+        order = torch.randperm(n, generator=generator, device="cpu").to(self.y.device)
         size = min(size, n)
         yield from order[: n // size * size].view(-1, size)
 
