@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from torchreg.monitor.counting import changed, counted_all, named_weights, which_weights
+from torchreg.monitor.finite import nonfinite
 from torchreg.monitor.guarded import GuardedWriter, warn
 from torchreg.monitor.living import has_groups, living_groups
 from torchreg.monitor.log import STRENGTH_SCALE, Log
 from torchreg.monitor.pictures import Barcode, Histogram, enlarged, mask_image, nonzero_histogram
 from torchreg.monitor.report import SparsityReport
 from torchreg.monitor.transfer import Transfer
-from torchreg.sharding import whole
+from torchreg.sharding import local, whole
 
 LAYOUT = {
     "torchreg": {
@@ -52,6 +53,9 @@ class SparsityMonitor:
     ``flush``.
     ``zeros/new`` and ``zeros/revived`` then count every change of every step, and reports have no rows and columns,
     except those of ``log()``. Such an optimizer is for one monitor, which resets its counts.
+
+    A log that finds the loss or a weight NaN or infinite warns once, with the first such tensor's name in the model's
+    order, and the first such gradient's where gradients are still there; ``every=1`` tells the very step.
 
     A writer that fails never stops the training. After an OSError (full disk, closed writer) nothing more is written;
     after another error of one of its methods, that method is called no more. Each is reported once, as a warning.
@@ -124,6 +128,7 @@ class SparsityMonitor:
         self.steps = 0
         self.report: SparsityReport | None = None
         self._logged_at = -1
+        self._told = False
         self._loss: Tensor | float | None = None
         self._pending: tuple[Log, Transfer] | None = None
         watched = list(named_weights(self.source))
@@ -189,6 +194,8 @@ class SparsityMonitor:
             for name, _, alive in living_groups(self.source):
                 log.ask("groups", name, alive)
         for name, w in weights:
+            if isinstance(w.grad, Tensor) and w.grad.layout == torch.strided:
+                log.ask("gradient", name, local(w.grad).isfinite().all())
             if self.histograms or self.images:
                 w = whole(w)
             if self.histograms:
@@ -208,6 +215,10 @@ class SparsityMonitor:
     def _finish(self, log: Log, transfer: Transfer) -> None:
         log.take(transfer.tensors())
         self.report = log.report()
+        message = nonfinite(log, self.report)
+        if message and not self._told:
+            warn(f"{message} The training goes on; it is said once.")
+        self._told = bool(message)
         self._scalar(log, "sparsity/total", self.report.fraction)
         for tensor in self.report.tensors:
             self._scalar(log, f"sparsity/{tensor.name}", tensor.fraction)
