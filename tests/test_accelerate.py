@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from example import percent, printed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -181,3 +182,12 @@ def test_a_state_of_something_else_is_refused():
     for kind in (ProxSGD, ProxAdamW):
         with pytest.raises(ValueError, match="applies penalties itself"):
             AcceleratedRegularization(acc, model, kind(model.parameters()), RULES)
+
+
+def test_the_example(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    accelerate.state.AcceleratorState._reset_state(True)
+    arguments = ["--epochs", 10, "--logdir", tmp_path]
+    out = printed("accelerate_digits.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert percent("after 230 steps: zeros", out) == pytest.approx(85, abs=0.5)
+    assert percent("test accuracy", out) > 85

@@ -1,10 +1,12 @@
 """In Lightning's Trainer a callback gives the weights of the plain loop, also resumed, and logs to every logger."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from example import percent, printed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,7 +20,6 @@ from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 from torchreg.integrations.lightning import RegularizationCallback  # noqa: E402
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 pytestmark = pytest.mark.filterwarnings("ignore", "ignore::DeprecationWarning")
 
@@ -296,3 +297,31 @@ def test_reprox_needs_an_average_and_comes_before_it():
     trainer = lightning.Trainer(max_epochs=1, callbacks=[averaging("ema"), callback], logger=False)
     with pytest.raises(ValueError, match="before"):
         trainer.fit(Net(), DataLoader(data(), batch_size=4))
+
+
+def test_the_pages_file_for_lightnings_command_line_trains(tmp_path):
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    class Data(lightning.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(data(), batch_size=4)
+
+    page = (Path(__file__).parent.parent / "docs/trainers.md").read_text(encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    options = ["accelerator=cpu", "logger=false", "enable_checkpointing=false", "max_epochs=2"]
+    arguments = ["fit", "--config", str(tmp_path / "config.yaml"), *(f"--trainer.{option}" for option in options)]
+    cli = LightningCLI(Net, Data, args=arguments, save_config_callback=None)
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, RegularizationCallback))
+    assert callback.regularization.regularizer.assignments[0].penalty == L1(0.05)
+    assert sparsity(callback.regularization.regularizer).fraction == pytest.approx(0.6, abs=0.02)
+
+
+def test_the_example(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    arguments = ["--epochs", 8, "--logdir", tmp_path]
+    out = printed("lightning_digits.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert percent("test accuracy", out) > 85
+    assert percent("zeros", out) == pytest.approx(85, abs=0.5)
+    assert list(tmp_path.rglob("metrics.csv"))
+    assert list(tmp_path.rglob("events*"))

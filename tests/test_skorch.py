@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from example import percent, printed
 from torch import nn
 
 from torchreg import L1, Proximal, Regularizer, TargetSparsity, sparsity
@@ -133,3 +134,10 @@ def test_the_writer_gets_the_numbers_and_the_loss():
 
     net(RegularizationCallback(RULES, every=5, writer=Writer())).fit(*data())
     assert tags["loss/data"] == tags["sparsity/total"] == [5, 10, 15, 18]
+
+
+def test_the_example(monkeypatch, capsys):
+    out = printed("skorch_digits.py", "--epochs", 4, monkeypatch=monkeypatch, capsys=capsys)
+    assert percent("test accuracy", out) > 88
+    assert percent("zeros", out) > 1
+    assert out.count("accuracy") == 4

@@ -1,10 +1,12 @@
 """In Hugging Face's Trainer a callback gives the weights of the plain loop, also resumed, and shares TensorBoard."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from example import percent, printed
 from torch.utils.data import DataLoader, Dataset
 
 from torchreg import L1, ProxAdamW, Proximal, Regularizer, TargetSparsity, sparsity
@@ -139,8 +141,7 @@ def test_the_optimizer_of_the_callback_leaves_zeros(kind, schedule, tmp_path):
     assert counts.fraction == pytest.approx(0.6, abs=0.02) if schedule else counts.total.zeros > 10
 
 
-@pytest.mark.parametrize("restore", [False, True])
-@pytest.mark.parametrize(("route", "schedule"), [("hook", warmup), ("proximal", target)])
+@pytest.mark.parametrize(("route", "schedule", "restore"), [("hook", warmup, False), ("proximal", target, True)])
 def test_a_resumed_training_ends_with_the_same_weights(route, schedule, restore, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 5, "restore_callback_states_from_checkpoint": restore}
     kind = torch.optim.AdamW if route == "proximal" else None
@@ -202,3 +203,10 @@ def test_the_proximal_route_needs_the_callbacks_optimizer(tmp_path):
         trained(tmp_path, RegularizationCallback(RULES, "proximal"))
     with pytest.raises(ValueError, match="route 'proximal'"):
         RegularizationCallback(RULES).optimizer(torch.optim.AdamW)
+
+
+def test_the_example(monkeypatch, capsys, tmp_path):
+    arguments = ["--steps", 100, "--logdir", tmp_path]
+    out = printed("transformers_classifier.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert percent("test accuracy", out) > 90
+    assert float(re.search(r"total .* ([\d.]+) %", out)[1]) > 20

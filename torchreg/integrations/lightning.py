@@ -12,6 +12,9 @@ from torchreg.integrations.regularization import Regularization
 from torchreg.integrations.required import required
 from torchreg.integrations.writers import MetricsWriter, writer_of
 from torchreg.penalties import Penalty
+from torchreg.regularizer import Regularizer
+from torchreg.schedules import StrengthScheduler
+from torchreg.target import TargetSparsity
 
 _lightning = required("lightning.pytorch", "lightning", "pytorch_lightning")
 
@@ -52,9 +55,9 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
 
     def __init__(
         self,
-        rules: Penalty | Mapping[str, Penalty | None] | Any | None = None,
+        rules: Penalty | dict[Any, Penalty | None] | Regularizer | None = None,
         route: str = "hook",
-        schedule: Callable[[Any], Any] | None = None,
+        schedule: Callable[[Any], TargetSparsity] | Callable[[Any], StrengthScheduler] | None = None,
         every: int = 100,
         monitor: dict[str, Any] | None = None,
         reprox: bool = False,

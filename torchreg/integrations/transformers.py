@@ -30,12 +30,8 @@ class RegularizationCallback(_callbacks.TrainerCallback, _callbacks.ExportableSt
     mixed precision and skipped steps leave the strength as it is. Its state is in each checkpoint's
     ``trainer_state.json``, as plain numbers, and a resumed training goes on with it.
 
-    For exact zeros give the route ``"proximal"`` and let the callback make the optimizer:
-
-        callback = RegularizationCallback(torchreg.L1(1e-4), route="proximal")
-        optimizer = callback.optimizer(torch.optim.AdamW, args)
-        trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=optimizer)
-        callback.add_to(trainer)
+    For exact zeros give the route ``"proximal"``, and to the Trainer the `optimizer` of this callback as its
+    ``optimizer_cls_and_kwargs``: it builds its optimizer before any callback runs.
 
     Args:
         rules: a penalty, rules as `torchreg.Regularizer` takes them, or a Regularizer of the model; None with the route
