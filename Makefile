@@ -6,7 +6,7 @@ DATA ?= .
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-sklearn lint format bench bench-compact bench-features bench-files bench-linear bench-quality clean
+.PHONY: demo test test-fuzz test-sklearn lint format bench bench-compact bench-features bench-files bench-linear bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
@@ -17,6 +17,10 @@ test: $(VENV)/.dev
 # Scikit-learn's own tests on torchreg.linear, all of them: some minutes.
 test-sklearn: $(VENV)/.dev
 	$(BIN)/python tests/sklearn_suite.py
+
+# Ten thousand damaged and hostile files through every loader: some minutes.
+test-fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 tests/test_fuzzed_files.py tests/test_hostile_state_dicts.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

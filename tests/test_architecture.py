@@ -13,6 +13,7 @@ ROOT = Path(torchreg.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.tables": 0,
+    "torchreg.wording": 0,
     "torchreg.plots": 3,
     "torchreg.one_standard_error": 1,
     "torchreg.cuts": 1,

@@ -15,6 +15,7 @@ from torchreg import sharding
 from torchreg.penalties import sharded
 from torchreg.penalties.grouped import Grouped
 from torchreg.scales import Scales
+from torchreg.wording import one_line
 from torchreg.zeroing import makes_zeros
 
 
@@ -110,7 +111,7 @@ def checked_fraction(name: str, value: Any, most: float = math.nextafter(1, 0)) 
     """Return a number in [0, 1), or up to ``most``, or raise."""
     allowed = f"Expected `{name}` to be a fraction in [0, 1{']' if most == 1 else ')'}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{allowed}, got {value!r}.")
+        raise TypeError(f"{allowed}, got {one_line(value)}.")
     number = float(value)
     if not 0 <= number <= most:
         raise ValueError(f"{allowed}, got {number}.")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchreg.wording import one_line
+
 Groups = int | str | Sequence[int | str] | None
 """Which param groups: a position, a rule's name (the group's ``name``), several of them, or None for all penalised."""
 
@@ -94,7 +96,7 @@ class Scales:
 def checked_count(name: str, value: Any, least: int = 0) -> int:
     """Return ``value`` if it is an integer of at least ``least``, or raise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"Expected `{name}` to be an integer of at least {least}, got {value!r}.")
+        raise TypeError(f"Expected `{name}` to be an integer of at least {least}, got {one_line(value)}.")
     if value < least:
         raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {value}.")
     return int(value)
@@ -104,7 +106,7 @@ def checked_number(name: str, value: Any) -> float:
     """Return ``value`` as a float if it may be a strength scale, or raise."""
     allowed = f"Expected `{name}` to be a non-negative finite number"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{allowed}, got {value!r}.")
+        raise TypeError(f"{allowed}, got {one_line(value)}.")
     number = float(value)
     if not (number >= 0 and math.isfinite(number)):
         raise ValueError(f"{allowed}, got {value}.")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchreg.scales import Groups, Scales, checked_count, checked_number
+from torchreg.wording import one_line
 
 __all__ = [
     "ChainedStrength",
@@ -95,7 +96,9 @@ class StrengthScheduler:
             TypeError: if the saved step is no integer.
         """
         if not isinstance(state_dict, Mapping) or set(state_dict) != {"last_epoch"}:
-            given = f"the keys {sorted(map(str, state_dict))}" if isinstance(state_dict, Mapping) else repr(state_dict)
+            given = (
+                f"the keys {sorted(map(str, state_dict))}" if isinstance(state_dict, Mapping) else one_line(state_dict)
+            )
             raise ValueError(f"Expected the state of a strength schedule, with the key 'last_epoch', got {given:.200}.")
         last_epoch = checked_count("last_epoch", state_dict["last_epoch"])
         scales = self._checked(last_epoch)

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchreg import sharding, unsettled
 from torchreg.penalties import L1
 from torchreg.rules import WEIGHTS, assign
+from torchreg.wording import one_line
 
 _NOT_PER_WEIGHT = {"settled", "step", "step_size", "mu_product", "mu", "eta"}
 """State that may have the parameter's shape and is no moment of its gradients: Rprop's step sizes, counters of a 0-d
@@ -174,13 +175,18 @@ class FrozenSupport:
         if not isinstance(state_dict, Mapping) or set(state_dict) != {"zeros", "shapes"}:
             raise ValueError("Expected the state of a FrozenSupport, with the keys 'zeros' and 'shapes'.")
         saved, shapes = state_dict["zeros"], state_dict["shapes"]
+        for key in ("zeros", "shapes"):
+            if not isinstance(state_dict[key], Mapping):
+                raise ValueError(
+                    f"Expected {key!r} of the saved support to be a dict, got {one_line(state_dict[key])}."
+                )
         if not set(saved) == set(shapes) == set(held):
-            only = sorted(set(saved) ^ set(held))
+            only = sorted(map(str, set(saved) ^ set(held) | set(shapes) ^ set(held)))
             raise ValueError(f"The saved support is of other parameters: {only} are only on one side.")
         for name, (p, _) in held.items():
-            if list(shapes[name]) != list(p.shape) or not _fits(saved[name], p):
+            if not _is_shape(shapes[name], p) or not _fits(saved[name], p):
                 raise ValueError(
-                    f"The saved support of parameter {name!r} is for the shape {tuple(shapes[name])}, "
+                    f"The saved support of parameter {name!r} is for the shape {one_line(shapes[name])}, "
                     f"its parameter has {tuple(p.shape)}."
                 )
         for name, (p, entry) in held.items():
@@ -329,5 +335,14 @@ def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
     return bits.flatten()[: math.prod(shape)].bool().view(shape)
 
 
+def _is_shape(saved: Any, p: Tensor) -> bool:
+    return isinstance(saved, (list, tuple)) and all(type(n) is int for n in saved) and list(saved) == list(p.shape)
+
+
 def _fits(packed: Any, p: Tensor) -> bool:
-    return isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.shape == (-(-p.numel() // 8),)
+    return (
+        isinstance(packed, Tensor)
+        and packed.dtype == torch.uint8
+        and packed.layout == torch.strided
+        and packed.shape == (-(-p.numel() // 8),)
+    )

@@ -21,6 +21,7 @@ from torchreg.penalties.grouped import Grouped
 from torchreg.penalties.parts import of_part
 from torchreg.sampling import spread, taken
 from torchreg.scales import checked_count
+from torchreg.wording import one_line
 from torchreg.zeroing import longest_scale, nearest_quantile, zeroing_scale
 
 TOLERANCE = 0.005
@@ -168,7 +169,9 @@ class TargetSparsity:
         last_epoch = checked_count("last_epoch", state_dict["last_epoch"])
         for key in ("start", "scales"):
             if not isinstance(state_dict[key], (list, tuple)):
-                raise TypeError(f"Expected {key!r} of the saved state to be a list, got {state_dict[key]!r}.")
+                raise TypeError(f"Expected {key!r} of the saved state to be a list, got {one_line(state_dict[key])}.")
+        if not isinstance(state_dict["due"], (bool, int)):
+            raise TypeError(f"Expected 'due' of the saved state to be a bool, got {one_line(state_dict['due'])}.")
         start = [checked_fraction(f"start of goal {i}", s, most=1.0) for i, s in enumerate(state_dict["start"])]
         scales = [checked_scale(scale) for scale in state_dict["scales"]]
         if len(start) != len(self._goals) or len(scales) != sum(len(g.scales) for g in self._goals):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchreg.cli.arguments import check_file
+from torchreg.cli.claims import check_archive
 from torchreg.cli.output import CommandError, printable, reason
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -82,6 +83,7 @@ def read_npz(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) ->
     check_file(path, f"--data {str(path)!r}")
     if not zipfile.is_zipfile(path):
         raise CommandError(f"--data {str(path)!r} is not an .npz file")
+    check_archive(path, f"--data {str(path)!r}", stored=False)
     try:
         with warnings.catch_warnings(), np.load(path, allow_pickle=False) as archive:
             warnings.simplefilter("ignore")

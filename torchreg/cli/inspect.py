@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchreg.cli.arguments import check_file, groups_argument
+from torchreg.cli.claims import check_archive, check_tensors
 from torchreg.cli.output import CommandError, print_result, printable, reason
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
             warnings.simplefilter("ignore")
             part, weights = model_weights(content)
             named = [(printable(name), w) for name, w in weights]
+            check_tensors(named, repr(str(path)))
+            named = [(name, w.float() if w.itemsize == 1 else w) for name, w in named]  # no arithmetic in 8 bits
             report = torchreg.sparsity(named)
             groups = None if arguments.groups is None or not named else _group_report(path, named, arguments.groups)
     except CommandError:
@@ -106,8 +109,10 @@ def _load_torch(path: Path) -> Any:
 
     import torch
 
+    check_archive(path, repr(str(path)), stored=True)
     try:
-        with warnings.catch_warnings():
+        # sparse tensors whose indices are out of bounds are written through when they are used
+        with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -151,7 +156,7 @@ def _size_text(path: Path, content: Any) -> str:
     return f", {on_disk:,} bytes on disk: {100 * on_disk / dense:.1f} % of its {dense:,} bytes of dense tensors"
 
 
-def model_weights(content: Any) -> tuple[str, list[tuple[str, Tensor]]]:
+def model_weights(content: Any, tried: set[int] | None = None) -> tuple[str, list[tuple[str, Tensor]]]:
     """The key under which the model's weights were found, and their dotted names (two may be equal) with them.
 
     >>> import torch
@@ -159,28 +164,40 @@ def model_weights(content: Any) -> tuple[str, list[tuple[str, Tensor]]]:
     >>> model_weights({"epoch": 3, "state_dict": {"0.weight": weight}, "optimizer": {"state": {0: {"step": weight}}}})
     ('state_dict', [('0.weight', tensor([0., 0.]))])
     """
+    tried = set() if tried is None else tried
     if isinstance(content, Mapping):
         for key in MODEL_KEYS:
             part = content.get(key)
-            if isinstance(part, Mapping):
-                inner, found = model_weights(part)
+            if isinstance(part, Mapping) and id(part) not in tried:
+                inner, found = model_weights(part, tried)
                 if found:
                     return f"{key}.{inner}" if inner else key, found
+                tried.add(id(part))  # it may stand in many places
     return "", list(_named_tensors("", content))
 
 
-def _named_tensors(prefix: str, content: Any) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(
+    prefix: str, content: Any, above: tuple[int, ...] = (), seen: set[int] | None = None
+) -> Iterator[Any]:
+    """The tensors with their names. A container that stands in several places is looked at once."""
     import torch
 
+    seen = set() if seen is None else seen
     if isinstance(content, torch.Tensor):
         counts = (content.is_floating_point() or content.is_complex()) and content.device.type != "meta"
         if counts and not prefix.endswith(STATISTICS):
-            # 8-bit floats have no arithmetic
-            yield prefix or "tensor", content.float() if content.itemsize == 1 else content.detach()
-    elif isinstance(content, Mapping):
-        if not {"state", "param_groups"} <= set(content):
-            for key, value in content.items():
-                yield from _named_tensors(f"{prefix}.{key}" if prefix else str(key), value)
-    elif isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        for i, value in enumerate(content):
-            yield from _named_tensors(f"{prefix}.{i}" if prefix else str(i), value)
+            yield prefix or "tensor", content.detach()
+        return
+    if isinstance(content, Mapping):
+        inside: Iterable[tuple[Any, Any]] = () if {"state", "param_groups"} <= set(content) else content.items()
+    elif isinstance(content, Sequence) and not isinstance(content, (str, bytes, bytearray)):
+        inside = enumerate(content)
+    else:
+        return
+    if id(content) in above:
+        raise RecursionError
+    if id(content) in seen:
+        return
+    seen.add(id(content))
+    for key, value in inside:
+        yield from _named_tensors(f"{prefix}.{key}" if prefix else str(key), value, (*above, id(content)), seen)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchreg.cuts import Cut
+from torchreg.wording import one_line
 
 _KINDS: dict[str, type[Groups]] = {}
 
@@ -63,7 +64,7 @@ def from_dict(data: Mapping[str, Any]) -> Groups:
     fields = dict(data)
     name = fields.pop("type", None)
     if not isinstance(name, str) or name not in _KINDS:
-        raise ValueError(f"Expected the type of groups to be one of {sorted(_KINDS)}, got {name!r}.")
+        raise ValueError(f"Expected the type of groups to be one of {sorted(_KINDS)}, got {one_line(name)}.")
     expected = {f.name for f in dataclasses.fields(_KINDS[name]) if f.init}  # type: ignore[arg-type]
     if set(fields) != expected:
         raise ValueError(f"Expected the fields of {name} to be {sorted(expected)}, got {sorted(map(str, fields))}.")

@@ -19,6 +19,7 @@ from torchreg.optim.missed import check_by_rows
 from torchreg.optim.settling import Rows, SettlingOptimizer, put, rows_of, taken
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import HALF
+from torchreg.wording import one_line
 
 _BUFFERS = ("linear", "sum", "quadratic")
 _NUMBERS = ("step", "strength", "settled_strength")
@@ -212,14 +213,14 @@ class FTRL(SettlingOptimizer):
                 for key in _NUMBERS:
                     value = entries[key]
                     if type(value) not in (int, float) or not 0 <= value < math.inf:
-                        raise ValueError(f"{where}: expected {key!r} to be 0 or more, got {value!r:.80}.")
+                        raise ValueError(f"{where}: expected {key!r} to be 0 or more, got {one_line(value)}.")
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         for key in ("lr", "beta"):
             value = group[key]
             allowed = (numbers.Real, Tensor) if key == "lr" else numbers.Real
             if isinstance(value, bool) or not isinstance(value, allowed):
-                raise TypeError(f"Expected `{key}` to be a number, got {value!r}.")
+                raise TypeError(f"Expected `{key}` to be a number, got {one_line(value)}.")
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if not 0 <= float(group["lr"]) < math.inf:

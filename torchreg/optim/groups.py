@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchreg.penalties import Penalty, from_dict, parts
 from torchreg.penalties.base import host_scalar
+from torchreg.wording import one_line
 
 _SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 _LABEL_KEYS = {"params", "param_names", "name"}
@@ -42,7 +43,7 @@ def checked_scale(scale: Any) -> float | Tensor:
         raise ValueError(f"{allowed}, got a tensor of shape {tuple(scale.shape)} and {scale.dtype}.")
     value = host_scalar(scale.reshape(())) if isinstance(scale, Tensor) else scale
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{allowed}, got {value!r}.")
+        raise TypeError(f"{allowed}, got {one_line(value)}.")
     if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{allowed}, got {value}.")
     return scale if isinstance(scale, Tensor) else float(scale)
@@ -111,7 +112,7 @@ def _packed_group(group: Mapping[str, Any]) -> dict[str, Any]:
 def check_form(state_dict: Any) -> None:
     """Raise ``ValueError`` unless this looks like an optimizer's state dict."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        given = f"the keys {sorted(map(str, state_dict))}" if isinstance(state_dict, Mapping) else repr(state_dict)
+        given = f"the keys {sorted(map(str, state_dict))}" if isinstance(state_dict, Mapping) else one_line(state_dict)
         raise ValueError(f"Expected an optimizer's state dict, with 'state' and 'param_groups', got {given:.200}.")
     groups, state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(groups, list) or not all(isinstance(g, Mapping) and "params" in g for g in groups):

@@ -19,6 +19,7 @@ from torchreg.optim.groups import (
     packed,
     share_scales,
 )
+from torchreg.optim.loading import all_or_nothing
 
 
 class PenalizedOptimizer(Optimizer):
@@ -83,7 +84,12 @@ class PenalizedOptimizer(Optimizer):
             TypeError: if a hyperparameter or penalty in it is of the wrong type.
         """
         check_form(state_dict)
-        super().load_state_dict(state_dict)
+        with all_or_nothing(self):
+            super().load_state_dict(state_dict)
+            self._loaded(state_dict)
+
+    def _loaded(self, state_dict: Mapping[str, Any]) -> None:
+        """Called with what has just been loaded."""
 
     def _with_gradients(
         self, group: Mapping[str, Any], index: int, apart: Callable[[Tensor], bool] | None = None

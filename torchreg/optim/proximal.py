@@ -28,6 +28,7 @@ from torchreg.optim.groups import (
     share_scales,
 )
 from torchreg.optim.hyperparameters import product, rounding_seed, scalar
+from torchreg.optim.loading import all_or_nothing
 from torchreg.optim.metrics import Metric, ProxSteps
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import HALF, Step
@@ -201,7 +202,10 @@ class Proximal(Optimizer):
             TypeError: if a penalty or buffer in it is of the wrong type. In no case is anything changed then.
         """
         check_form(state_dict)
-        state_dict = dict(state_dict)
+        with all_or_nothing(self.inner):
+            self._load(dict(state_dict))
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed

@@ -17,6 +17,7 @@ from torchreg.optim.lookups import LookupHandle
 from torchreg.optim.missed import DIAGONAL, UNIFORM, ClosedForm, Strengths, strengths_of
 from torchreg.optim.penalized import PenalizedOptimizer
 from torchreg.penalties.base import HALF, arithmetic
+from torchreg.wording import one_line
 
 _PIECE = 1 << 16
 """Rows that are settled at once when all are."""
@@ -129,9 +130,7 @@ class SettlingOptimizer(PenalizedOptimizer):
                     self._settle(p)
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `PenalizedOptimizer.load_state_dict`."""
-        super().load_state_dict(state_dict)
+    def _loaded(self, state_dict: Mapping[str, Any]) -> None:
         ids = (saved for group in state_dict["param_groups"] for saved in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
         for saved, p in zip(ids, params, strict=True):  # torch gives tensors of the state the type of the weight
@@ -317,9 +316,9 @@ def _problems(entries: Mapping[str, Any], p: Tensor, keys: tuple[str, ...]) -> I
     if isinstance(entries.get("settled"), Tensor):
         width, missed, of = entries["settled"].shape[-1], entries.get("missed"), entries.get("missed_of")
         if not _are_numbers(missed, width):
-            yield f"expected 'missed' to be {width} finite numbers, got {missed!r:.80}"
+            yield f"expected 'missed' to be {width} finite numbers, got {one_line(missed)}"
         if not _are_numbers(of, len(Strengths._fields)):
-            yield f"expected 'missed_of' to be three strengths, got {of!r:.80}"
+            yield f"expected 'missed_of' to be three strengths, got {one_line(of)}"
 
 
 def _are_numbers(values: Any, count: int) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchreg.groups import Groups
+from torchreg.wording import one_line
 
 Strength = float | Tensor
 """A non-negative float, a 0-d tensor, or a tensor that broadcasts to the weight."""
@@ -47,7 +48,7 @@ def checked_strength(name: str, value: Any) -> Strength:
             raise ValueError(f"{allowed}, got a tensor with the entry {value[bad].flatten()[0].item()}.")
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{allowed}, got {value!r}.")
+        raise TypeError(f"{allowed}, got {one_line(value)}.")
     number = float(value)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{allowed}, got {number}.")
@@ -352,7 +353,7 @@ def from_dict(data: Mapping[str, Any]) -> Penalty:
     fields = dict(data)
     name = fields.pop("type", None)
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise ValueError(f"Expected the penalty type to be one of {sorted(_REGISTRY)}, got {name!r}.")
+        raise ValueError(f"Expected the penalty type to be one of {sorted(_REGISTRY)}, got {one_line(name)}.")
     cls = _REGISTRY[name]
     expected = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if set(fields) != expected:
