@@ -186,7 +186,7 @@ class FrozenSupport:
         for name, (p, _) in held.items():
             if not _is_shape(shapes[name], p) or not _fits(saved[name], p):
                 raise ValueError(
-                    f"The saved support of parameter {name!r} is for the shape {one_line(shapes[name])}, "
+                    f"The saved support of parameter {name!r} is for the shape {_shown(shapes[name])}, "
                     f"its parameter has {tuple(p.shape)}."
                 )
         for name, (p, entry) in held.items():
@@ -333,6 +333,10 @@ def _packed(zeros: Tensor) -> Tensor:
 def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
     bits = packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return bits.flatten()[: math.prod(shape)].bool().view(shape)
+
+
+def _shown(shape: Any) -> str:
+    return one_line(tuple(shape) if isinstance(shape, list) else shape)
 
 
 def _is_shape(saved: Any, p: Tensor) -> bool:
