@@ -20,6 +20,7 @@ def geometry(path, names=("bmi", "s1")):
     x, y = data.data[:, [data.feature_names.index(name) for name in names]], data.target
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     figure = Figure(figsize=(9.6, 3.7), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
     for axes, l1_ratio in zip(figure.subplots(1, 3), (1.0, 0.5, 0.0), strict=True):
         plots.geometry(x, y, axes, l1_ratio=l1_ratio, names=names)
     note = "cross: least squares; dot: the least loss on the ball; blue: the contour through it; grey: other contours"

@@ -229,6 +229,16 @@ def test_a_truncated_file_is_shown_as_far_as_it_goes(tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: run: ") == 1
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    folder = written(tmp_path / "run", **{"loss/data": [1.0, 2.0, 3.0]})
+    whole = event_file(folder).read_bytes()
+    place = whole.index(struct.pack("<f", 2.0))
+    event_file(folder).write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
+    run = read_run("run", [event_file(folder)])
+    assert run.curves["loss/data"].points() == [(0, 1.0)]
+    assert "damaged at byte" in run.problems[0]
+
+
 def test_damaged_files_never_break_the_page(trained, tmp_path, capsys):
     whole = max(trained.glob("*tfevents*"), key=lambda path: path.stat().st_size).read_bytes()
     draw, sound = random.Random(0), 0

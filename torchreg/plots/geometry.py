@@ -104,7 +104,7 @@ def _penalty(w: Any, l1_ratio: float) -> float:
 
 
 def _penalised(hessian: Any, moment: Any, l1_ratio: float, alpha: float) -> Any:
-    """argmin ½wᵀHw − bᵀw + α·R(w) over two weights: the best stationary point of all nine patterns of signs."""
+    """argmin ½wᵀHw − bᵀw + α·R(w) over two weights: the best of the stationary points of all patterns of signs."""
     found, least = np.zeros(2), 0.0
     for signs in itertools.product((-1.0, 0.0, 1.0), repeat=2):
         chosen = np.flatnonzero(signs)
@@ -112,8 +112,6 @@ def _penalised(hessian: Any, moment: Any, l1_ratio: float, alpha: float) -> Any:
             continue
         system = hessian[np.ix_(chosen, chosen)] + alpha * (1 - l1_ratio) * np.eye(len(chosen))
         part = np.linalg.lstsq(system, moment[chosen] - alpha * l1_ratio * np.take(signs, chosen), rcond=None)[0]
-        if (np.sign(part) != np.take(signs, chosen)).any():
-            continue
         w = np.zeros(2)
         w[chosen] = part
         objective = 0.5 * w @ hessian @ w - moment @ w + alpha * _penalty(w, l1_ratio)
