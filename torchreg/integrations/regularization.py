@@ -87,7 +87,7 @@ class Regularization:
         self.schedules: list[Any] = []
         self.monitor: SparsityMonitor | None = None
         self.steps = 0
-        self._watched = 0
+        self._watched, self._watches = 0, True
         self._handles: list[PenaltyHandle] = []
         self._prepared: tuple[Regularizer, weakref.ref[Optimizer]] | None = None
         self._hook: RemovableHandle | None = None
@@ -167,17 +167,8 @@ class Regularization:
                 handle.remove()
             raise
         self.regularizer, self.schedules, self.monitor, self._handles = regularizer, schedules, monitor, handles
-        itself = weakref.ref(self)  # an optimizer that outlives the training keeps no model alive
-
-        def count(optimizer: Optimizer, *_: Any) -> None:
-            regularization = itself()
-            if regularization is not None and any(
-                p.grad is not None for g in optimizer.param_groups for p in g["params"]
-            ):
-                regularization._count(watch)
-
-        self._counted = weakref.ref(found[mine[0]])
-        self._hook = found[mine[0]].register_step_post_hook(count)
+        self._counted, self._watches = weakref.ref(found[mine[0]]), watch
+        self._hook = found[mine[0]].register_step_post_hook(self._after_step)
         hooks: Any = found[mine[0]]._optimizer_step_post_hooks
         hooks.move_to_end(self._hook.id, last=False)  # before one that zeroes the gradients
         self.steps = self._watched = 0
@@ -301,11 +292,13 @@ class Regularization:
         return schedules
 
     @torch.no_grad()
-    def _count(self, watch: bool) -> None:
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            return
         self.steps += 1
         for schedule in self.schedules:
             schedule.step()
-        if watch:
+        if self._watches:
             self.watch()
 
 

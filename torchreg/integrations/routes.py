@@ -21,7 +21,6 @@ _PER_GROUP = (
     "max_lrs",
     "base_momentums",
     "max_momentums",
-    "_initial_step",
 )
 """What torch's learning rate schedulers keep for each param group."""
 

@@ -21,7 +21,7 @@ def nonfinite(log: Log, report: SparsityReport) -> str:
     weights = [entry.name for entry in report.tensors if not math.isfinite(entry.l1_norm)]
     if not found and not weights:
         return ""
-    gradients = [name for name, is_finite in log.received("gradient") if not is_finite]
+    gradients = [name for name, largest in log.received("gradient") if not math.isfinite(largest)]
     for what, names in (("the gradient of", gradients), ("the weight", weights)):
         if names:
             more = f" and {len(names) - 1} more of {len(log.shapes)}" if len(names) > 1 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -194,8 +195,8 @@ class SparsityMonitor:
             for name, _, alive in living_groups(self.source):
                 log.ask("groups", name, alive)
         for name, w in weights:
-            if isinstance(w.grad, Tensor) and w.grad.layout == torch.strided:
-                log.ask("gradient", name, local(w.grad).isfinite().all())
+            if isinstance(w.grad, Tensor) and w.grad.layout == torch.strided and local(w.grad).numel():
+                log.ask("gradient", name, torch.linalg.vector_norm(local(w.grad), math.inf))
             if self.histograms or self.images:
                 w = whole(w)
             if self.histograms:
