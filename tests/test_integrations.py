@@ -199,6 +199,27 @@ def lambda_free(holder):
     return WarmupStrength(holder, until=9)
 
 
+@pytest.mark.parametrize("broken", ["steps", "schedules", "penalties", "monitor"])
+def test_a_broken_state_changes_nothing(broken):
+    net = network()
+    regularization = Regularization(L1(0.1), schedule=lambda_free)
+    (optimizer,) = regularization.attach(net, [sgd(net)])
+    step(net, optimizer)
+    state = regularization.state_dict()
+    step(net, optimizer)
+    before = regularization.state_dict()
+    wrong = {"steps": -1, "schedules": [{"last_epoch": "x"}], "penalties": {"strength_scale": 1.0}, "monitor": {}}
+    state[broken] = wrong[broken]
+    with pytest.raises((ValueError, TypeError)):
+        regularization.load_state_dict(state)
+    assert str(regularization.state_dict()) == str(before)
+    fresh = Regularization(L1(0.1), schedule=lambda_free)
+    fresh.load_state_dict(state)
+    with pytest.raises((ValueError, TypeError)):
+        fresh.attach(net, [sgd(net)])
+    assert not fresh.attached
+
+
 # Writers and packages
 
 

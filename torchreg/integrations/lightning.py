@@ -103,12 +103,9 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so where the weights are averages: SWA's last epoch is for BatchNorm alone."""
-        for averaging in _averages(trainer):
-            if (
-                trainer.current_epoch > getattr(averaging, "swa_end", math.inf)
-                and self.regularization.monitor is not None
-            ):
-                self.regularization.monitor.weights = "averaged"
+        ends = [getattr(averaging, "swa_end", math.inf) for averaging in _averages(trainer)]
+        if self.regularization.monitor is not None and any(trainer.current_epoch > end for end in ends):
+            self.regularization.monitor.weights = "averaged"
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Where weights are averaged, log before the averages take the place of the weights."""

@@ -16,6 +16,7 @@ from torchreg.integrations.routes import ROUTES, holds, made_proximal, raw
 from torchreg.monitor import SparsityMonitor, SparsityReport
 from torchreg.penalties import L1
 from torchreg.regularizer import Regularizer
+from torchreg.scales import checked_count
 
 _KEYS = {"steps", "penalties", "strength_scale", "schedules", "monitor"}
 
@@ -174,7 +175,11 @@ class Regularization:
         self.steps = self._watched = 0
         if self._loaded:
             loaded, self._loaded = self._loaded, {}
-            self.load_state_dict(loaded)
+            try:
+                self.load_state_dict(loaded)
+            except BaseException:
+                self.detach()
+                raise
         return found
 
     def made_proximal(self, model: nn.Module, optimizer: Optimizer) -> Optimizer:
@@ -247,7 +252,7 @@ class Regularization:
         """Go on where the state was saved: now, or as soon as it is attached.
 
         Raises:
-            ValueError: if it is no such state, or one of other penalties or schedules.
+            ValueError, TypeError: if it is no such state, or one of other penalties or schedules (nothing is changed).
         """
         if not isinstance(state, Mapping) or (state and set(state) != _KEYS):
             raise ValueError(f"Expected the state of a Regularization, with the keys {', '.join(sorted(_KEYS))}.")
@@ -259,6 +264,14 @@ class Regularization:
                 f"The saved state is of {len(state['schedules'])} schedules, {_by(state['penalties'])}; "
                 f"here are {len(self.schedules)}, {_by(self._handles)}."
             )
+        steps, before = checked_count("steps", state["steps"]), self.state_dict()
+        try:
+            self._load({**state, "steps": steps})
+        except BaseException:
+            self._load(before)
+            raise
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         assert self.monitor is not None
         if self._handles:
             self._handles[0].load_state_dict(state["penalties"])
@@ -267,7 +280,7 @@ class Regularization:
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
         self.monitor.load_state_dict(state["monitor"])
-        self.steps = self._watched = int(state["steps"])
+        self.steps = self._watched = state["steps"]
 
     def _regularizer(self, model: nn.Module) -> Regularizer | None:
         if self.rules is None or isinstance(self.rules, Regularizer):

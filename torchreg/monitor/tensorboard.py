@@ -284,7 +284,13 @@ class SparsityMonitor:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take over the number of steps; zeros are compared with the weights of now."""
+        """Take over the number of steps; zeros are compared with the weights of now.
+
+        Raises:
+            ValueError: if it is not the state of a monitor.
+        """
+        if not isinstance(state, Mapping) or set(state) != {"steps"}:
+            raise ValueError(f"Expected the state of a SparsityMonitor, with the key 'steps', got {state!r:.200}.")
         self.steps = self._logged_at = int(state["steps"])
         self._were_zero, _ = changed({}, list(named_weights(self.source)))
 
