@@ -1,8 +1,8 @@
-"""Lasso fits, paths and cross-validation beside scikit-learn, celer, skglm and adelie, on one thread.
+"""Lasso, multi-task and group lasso fits, paths and cross-validation beside scikit-learn, celer, skglm and adelie.
 
-Run `python benchmarks/linear.py`; peers that are not installed are left out. All solvers take turns on the same fresh
-random data; what counts is CPU time, whose medians are kept in benchmarks/results/linear-cpu.json with the machine's
-name. Each solution's duality gap is computed from its coefficients.
+Run `python benchmarks/linear.py`; peers that are not installed are left out. All solvers take turns on one thread, on
+the same fresh random data; what counts is CPU time, whose medians are kept in benchmarks/results/linear-cpu.json with
+the machine's name. Each solution's duality gap is computed from its coefficients.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import linear_group_contenders as grouped
 import numpy as np
 import torch
-from linear_contenders import DESIGNS, TOLERANCE, contenders, data, relative_gap
+from linear_contenders import TOLERANCE, contenders, data, relative_gap
 from measurement import machine
 
 FRACTIONS = {
@@ -32,8 +33,20 @@ FRACTIONS = {
     "tall": (10, 100),
     "diabetes": (10, 100),
     "sparse": (10, 100),
+    "multitask": (3, 10, 30),
+    "groups": (3, 10, 30),
 }
-LEAST = {"wide": 1e-2, "correlated": 1e-2, "tall": 1e-3, "diabetes": 1e-3, "sparse": 1e-2}
+LEAST = {
+    "wide": 1e-2,
+    "correlated": 1e-2,
+    "tall": 1e-3,
+    "diabetes": 1e-3,
+    "sparse": 1e-2,
+    "multitask": 5e-2,
+    "groups": 5e-2,
+}
+STEPS = {"multitask": 30, "groups": 30}
+"""Strengths of a path, where they are not 100."""
 VALIDATED = ("wide", "tall", "diabetes")
 """Designs on which cross-validation is measured, whose scikit-learn runs take longest."""
 
@@ -48,18 +61,21 @@ def seconds(run: Callable[[], Any], repeat: int) -> tuple[float, Any]:
 
 def measure(design: str, task: str, alphas: Any, rounds: int, scale: float) -> dict[str, Any]:
     """Each contender's times and worst gap, over rounds of fresh data; `alphas` are fractions of the largest."""
-    solvers, repeat = contenders(), 20 if design == "diabetes" else 1
+    together = design in grouped.DESIGNS
+    solvers = grouped.contenders(design) if together else contenders()
+    repeat = 20 if design == "diabetes" else 1
+    gap_of = grouped.relative_gap if together else relative_gap
     times: dict[str, list[float]] = {name: [] for name in solvers}
     gaps: dict[str, float] = dict.fromkeys(solvers, 0.0)
     for seed in range(-1, rounds):  # the first round compiles
-        x, y = data(design, seed + 1, scale)
-        strengths = np.abs(x.T @ y).max() / len(y) * np.asarray(alphas)
+        x, y = grouped.data(design, seed + 1, scale) if together else data(design, seed + 1, scale)
+        strengths = (grouped.largest(x, y) if together else np.abs(x.T @ y).max() / len(y)) * np.asarray(alphas)
         order = np.random.default_rng(seed + 1).permutation(len(solvers))
         for name in np.array(list(solvers))[order]:
             taken, coefs = seconds(lambda name=name: solvers[name][task](x, y, strengths), repeat)  # noqa: B023
             if seed >= 0:
                 times[name].append(taken)
-                worst = max(relative_gap(x, y, coefs[:, i], a) for i, a in enumerate(strengths))
+                worst = max(gap_of(x, y, coefs[..., i], a) for i, a in enumerate(strengths))
                 gaps[name] = max(gaps[name], worst)
     return {name: {"seconds": statistics.median(times[name]), "gap": gaps[name]} for name in solvers}
 
@@ -91,7 +107,7 @@ def show(title: str, row: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS))
+    parser.add_argument("--designs", nargs="+", choices=FRACTIONS, default=list(FRACTIONS))
     parser.add_argument("--rounds", type=int, default=5, help="fresh data sets for each measurement")
     parser.add_argument("--scale", type=float, default=1.0, help="of the designs' sizes")
     parser.add_argument("--skip-cv", action="store_true", help="without cross-validation")
@@ -102,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows: dict[str, Any] = {}
     for design in options.designs:
         tasks = {f"alpha_max/{f}": ("fit", [1 / f]) for f in FRACTIONS[design]}
-        tasks["path of 100"] = ("path", np.geomspace(1, LEAST[design], 100))
+        steps = STEPS.get(design, 100)
+        tasks[f"path of {steps}"] = ("path", np.geomspace(1, LEAST[design], steps))
         for title, (task, alphas) in tasks.items():
             rows[f"{design}, {title}"] = measure(design, task, alphas, options.rounds, options.scale)
             show(f"{design}, {title}", rows[f"{design}, {title}"])

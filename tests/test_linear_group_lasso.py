@@ -235,6 +235,17 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
             GroupLasso(groups=3).fit(convert(x), convert(y))
 
 
+@pytest.mark.parametrize("alpha", [0.05, 1e-15])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e8])
+def test_a_constant_column_of_a_group_is_zero(constant: float, alpha: float) -> None:
+    x, y = CASES["tall"]()
+    groups = np.r_[0, np.arange(30) // 3]
+    model = GroupLasso(alpha, groups=groups, group_weight="none", tol=1).fit(np.c_[np.full(len(y), constant), x], y)
+    assert model.coef_[0] == 0
+    without = GroupLasso(alpha, groups=3, group_weight="none", tol=1).fit(x, y)
+    np.testing.assert_allclose(model.coef_[1:], without.coef_, rtol=1e-8, atol=1e-9)
+
+
 def test_one_sample() -> None:
     model = GroupLasso(0.5, groups=[0, 0, 1], fit_intercept=False).fit([[3.0, 4.0, 1.0]], [2.0])
     # along the first group ½(2 − 5t)² + 0.5·√2·t is smallest at 5t = 2 − √2/10

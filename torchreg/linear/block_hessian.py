@@ -9,6 +9,8 @@ from torchreg.linear.blocks import Blocks
 
 _LIFT = 1e-10  # of a norm's curvature across it is added along it: where columns are dependent there may be none
 
+_LIFTS = (1e-13, 1e-11, 1e-8)  # of the diagonal, where the strength is so small that its curvature is rounding
+
 
 class Hessian:
     """(G + D)⊗I − UCUᵀ at coefficients W, factorised.
@@ -36,9 +38,11 @@ class Hessian:
         upper = gram.clone()
         upper.diagonal().add_(spread)
         factor, failed = torch.linalg.cholesky_ex(upper)
-        if bool(failed):
-            upper.diagonal().mul_(1 + 1e-12)
-            factor = torch.linalg.cholesky(upper)
+        for lift in _LIFTS:
+            if not bool(failed):
+                break
+            upper.diagonal().mul_(1 + lift)
+            factor, failed = torch.linalg.cholesky_ex(upper)
         self._factor = None if len(w) > 1 else factor
         if len(w) == 1:
             return

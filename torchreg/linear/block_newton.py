@@ -64,6 +64,7 @@ def minimise(
     algorithms, ICML 2008; Qin, Scheinberg and Goldfarb, Efficient block-coordinate descent algorithms for the group
     lasso, Mathematical Programming Computation, 2013.
     """
+    moment = moment.masked_fill(gram.diagonal() == 0, 0)  # a constant column's is rounding
     w, steps = torch.zeros_like(moment) if start is None else start.clone(), 0
     if gram.device.type == "cpu" and block_descent.unavailable() is None:
         least = (_COARSE if coarse else _CLOSE) * strength.l1 * float(blocks.weights.min())
@@ -81,6 +82,7 @@ class _Descent:
         self.gram, self.moment, self.blocks, self.strength = gram, moment, blocks, strength
         self.l2, self.strengths = strength.l2, strength.l1 * blocks.weights
         self.largest = float(moment.abs().max()) if moment.numel() else 0.0
+        self.curvature = blocks.sums(gram.diagonal()) + strength.l2
         self.face: Face | None = None
         self.entered = torch.zeros(blocks.count, dtype=torch.int32, device=moment.device)
 
@@ -117,7 +119,7 @@ class _Descent:
         """Groups at zero whose pull exceeds their strength, strongest first; at most half of them if they are many."""
         norms = self.blocks.norms(w)
         excess = self.blocks.norms(pull) - self.strengths
-        excess = excess.masked_fill((norms > 0) | (self.entered >= _TURNS), 0)
+        excess = excess.masked_fill((norms > 0) | (self.entered >= _TURNS) | (self.curvature <= 0), 0)
         found = torch.nonzero(excess > SLACK * self.largest).squeeze(1)
         if len(found) > max(MANY, int((norms > 0).sum()) // 2):
             strongest = torch.argsort(excess[found], descending=True)
@@ -133,8 +135,7 @@ class _Descent:
         room = 1 - self.strengths[groups] / norms[groups]
         scale = torch.zeros_like(norms)
         scale[groups] = room
-        curvature = self.blocks.sums(self.gram.diagonal()) + self.l2
-        direction = part * self.blocks.spread(scale / curvature.clamp(min=torch.finfo(w.dtype).tiny))[columns]
+        direction = part * self.blocks.spread(scale / self.curvature)[columns]
         slope = (direction * part * self.blocks.spread(scale)[columns]).sum()
         bend = ((direction @ self.gram[columns][:, columns]) * direction).sum() + self.l2 * direction.square().sum()
         w = w.clone()

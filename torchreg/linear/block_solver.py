@@ -146,6 +146,9 @@ class _State:
             self.energy = float(residual.square().sum()) / n
             self.agreement = float((residual * problem.target).sum()) / n
             self.pull = problem.design.correlations(residual)
+        constant = self.working.index[self.working.gram.diagonal() == 0]
+        if len(constant):
+            self.pull = self.pull.index_fill(1, constant, 0)
 
     def full(self) -> Tensor:
         """Coefficients of all columns."""
