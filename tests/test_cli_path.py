@@ -87,6 +87,20 @@ def test_the_table_and_the_figure(at_home, capsys):
     assert (at_home / "new/out/path.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_conclusion_says_what_the_folds_can_tell(at_home, capsys):
+    def said(y, *options):
+        np.savez("data.npz", X=x, y=y)
+        assert main(["path", "--data", "data.npz", "--no-figure", "--alphas", "30", *options]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 4))
+    assert "can't tell that the features predict anything" in said(rng.standard_normal(60))
+    assert "2 of 4 features; no stronger penalty is within" in said(x[:, 0] - x[:, 1], "--eps", "0.1")
+    one = [word for name in ("x2", "x3", "x4") for word in ("--drop", name)]
+    assert "One with as many, but smaller coefficients, is within" in said(x[:, 0] + rng.standard_normal(60), *one)
+
+
 def test_wide_tables_are_shown_in_part(at_home, capsys):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((40, 300))

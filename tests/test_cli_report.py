@@ -127,6 +127,23 @@ def test_the_page_shows_what_tensorboard_shows(trained):
     assert all(0 <= v <= 440 for v in sizes)
 
 
+def test_no_scalar_is_left_out(tmp_path):
+    tags = [
+        "loss/data",
+        "loss/data_2",
+        "loss/train",
+        "zeros/other",
+        "lr",
+        "sparsity/x",
+        "final/x",
+        "groups/x",
+        "accuracy",
+    ]
+    page = reported(written(tmp_path / "run", **{tag: [1.0] for tag in tags}))
+    for tag in tags:
+        assert tag in page.words or (tag == "final/x" and "x" in page.words), tag
+
+
 def test_the_runs_of_a_comparison_stand_side_by_side(tmp_path):
     data = mnist_like(tmp_path / "toy.npz")
     settings = ["--steps", "20", "--seeds", "2", "--no-figure", "--json", "--refit", "1"]

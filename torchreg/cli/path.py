@@ -194,16 +194,12 @@ def _number(value: float) -> str:
 
 
 def _conclusion(path: path_fit.Path) -> str:
-    used = {name: int((path.coefs[:, i] != 0).sum()) for name, i in path.choices.items()}
-    simple, best = used.values()
+    simple, best = (int((path.coefs[:, i] != 0).sum()) for i in (path.simple, path.best))
+    least = f"The model of least error uses {best} of {len(path.problem.features)} features"
+    if simple == 0:
+        but = ", but one without any is within one standard error of it" if best else ""
+        return f"{least}{but}: these folds can't tell that the features predict anything."
     if path.simple == path.best:
-        return f"The strength of least error, with {best} features, is also the one within one standard error."
-    if path.simple == 0:
-        return (
-            f"The model of least error uses {best} features, but one without any is within one standard error of it: "
-            "these folds can't tell that the features predict anything."
-        )
-    return (
-        f"The model of least error uses {best} of {len(path.problem.features)} features. One with {simple} is within "
-        "one standard error of it: the folds can't tell which of the two is better."
-    )
+        return f"{least}; no stronger penalty is within one standard error of it."
+    other = f"One with {simple}" if simple != best else "One with as many, but smaller coefficients,"
+    return f"{least}. {other} is within one standard error of it: the folds can't tell which of the two is better."

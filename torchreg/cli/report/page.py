@@ -119,8 +119,9 @@ def _layers(report: Report) -> list[str]:
 
 
 def _others(report: Report) -> list[str]:
-    known = ("sparsity/", "loss/data", "loss/penalty", "zeros/", "threshold/", "strength_scale/", "groups/")
-    return [tag for tag in report.tags if not tag.startswith((*known, "final/", "refit/", "_hparams_/"))]
+    shown, starts = {tag for tag, _, _ in OVERVIEW}, ("sparsity/", "threshold/", "strength_scale/", "groups/")
+    elsewhere = (*starts, "final/", "refit/", "_hparams_/")
+    return [tag for tag in report.tags if tag not in shown and not tag.startswith(elsewhere)]
 
 
 def _charts(report: Report, heading: str, tags: Sequence[str], **axis: bool) -> str:
