@@ -84,7 +84,8 @@ def _without_gram(
         if few and is_close(solution.gap, problem.power, problem.design.eps):
             solution = replace(solve_one(problem, strength, limit, w), steps=solution.steps)
         elif method == "fista":
-            (solution,) = solve_by_fista(problem, [strength], _ITERATIONS * limit, w)
+            (more,) = solve_by_fista(problem, [strength], _ITERATIONS * limit, w)
+            solution = replace(more, steps=solution.steps + more.steps)
         start = solution.full(problem.design.features)
         found.append(solution)
     return found
