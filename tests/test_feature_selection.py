@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,27 @@ def test_the_same_random_state_gives_the_same_and_torchs_generator_is_left_alone
     np.testing.assert_array_equal(again.predict_proba(digits[2]), fitted.predict_proba(digits[2]))
     other = clone(again).set_params(random_state=1).fit(*digits[:2])
     assert not np.array_equal(other.path_.norms[0], fitted.path_.norms[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: default_dtype(torch.float64)])
+def test_modes_of_torch_outside_do_not_matter(digits, mode):
+    x, y = digits[0][:200], digits[1][:200]
+    quick = FAST | {"epochs": 2, "growth": 3.0}
+    plain = FeatureSelector(20, **quick).fit(x, y)
+    with mode():
+        same = FeatureSelector(20, **quick).fit(x, y)
+    assert same.n_features_ == plain.n_features_ == 20
+    assert {p.dtype for p in same.network_.parameters()} == {torch.float32}
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_narrowing_the_layer_changes_nothing_but_the_time(digits, monkeypatch):

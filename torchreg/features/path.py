@@ -95,8 +95,8 @@ class Shrinking:
 
     def norms(self) -> Tensor:
         """Of all columns."""
-        norms = torch.zeros(self.features, device=self.columns.device)
-        return norms.index_copy_(0, self.columns, self.layer.weight.detach().norm(dim=0))
+        norms = self.layer.weight.detach().norm(dim=0)
+        return norms.new_zeros(self.features).index_copy_(0, self.columns, norms)
 
     def settle(self) -> None:
         """Keep columns zero that are zero now."""

@@ -364,8 +364,12 @@ class FeatureSelector(SelectorMixin, BaseEstimator):
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
-    """A generator of batches; within the block torch's own are seeded too, and afterwards as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    """A generator of batches; within the block torch's own are seeded and gradients recorded, afterwards as before."""
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         torch.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
 
