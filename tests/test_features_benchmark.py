@@ -114,3 +114,14 @@ def test_missing_data_are_named(tmp_path, capsys):
 
 def test_published_figures_are_about_what_is_measured():
     assert {p: set(names) for p, names in PUBLISHED.items()} == {p: set(names) for p, names in features.BARS.items()}
+
+
+def test_the_page_says_what_was_measured():
+    page = (BENCHMARKS.parent / "docs" / "features.md").read_text(encoding="utf-8")
+    kept = json.loads(features.RESULTS.read_text(encoding="utf-8"))["protocols"]
+    for protocol, names in features.BARS.items():
+        for name, bar in names.items():
+            runs = [run["accuracy"] for run in kept[protocol][name]["torchreg"].values()]
+            assert len(runs) == 3
+            assert f"{name} | {np.mean(runs):.4f} ± {np.std(runs, ddof=1):.4f} |" in page
+            assert np.mean(runs) >= bar
