@@ -15,7 +15,7 @@ from torchreg.linear.problem import Strength
 from torchreg.linear.sparse_design import Sparse
 
 _CHECK = 10  # iterations from one certificate to the next
-_RELAXED = 0.95  # of the curvature, which the next step supposes to be less
+_RELAXED = 0.99  # of the curvature, which the next step supposes to be less
 _PART = 0.25  # of the columns: if fewer are left, they are copied, and products take only those
 _STALLED = 20  # certificates in a row that don't improve although the gap is small
 _SMALL = 1e-9
