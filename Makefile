@@ -80,7 +80,7 @@ $(VENV)-peers/.ready: pyproject.toml
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[sklearn]" celer skglm adelie
 	touch $@
 
-$(VENV)-features/.ready: pyproject.toml
+$(VENV)-features/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-features
-	$(VENV)-features/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[sklearn]" torch==2.13.0 lassonet
+	$(VENV)-features/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[sklearn]" lassonet
 	touch $@
