@@ -282,6 +282,9 @@ def test_bad_input_is_named() -> None:
         for data in (broken, torch.from_numpy(broken), sparse.csr_matrix(broken)):
             with pytest.raises(ValueError, match=r"NaN|infinity"):
                 LogisticRegression().fit(data, y)
+    for l1_ratio in (0.0, 1.0):
+        with pytest.raises(ValueError, match="large values"):
+            LogisticRegression(l1_ratio=l1_ratio).fit(x * 1e200, y)
     with pytest.raises(ValueError, match="non-zero"):
         LogisticRegression().fit(x, y, np.zeros(20))
     with pytest.raises(ValueError, match=r"[Nn]egative"):

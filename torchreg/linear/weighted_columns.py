@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchreg.linear.design import Dense, Design, inner
 from torchreg.linear.logistic_loss import Curvature
+from torchreg.linear.problem import NOT_FINITE
 from torchreg.linear.sparse_design import Sparse
 
 _BLOCK, _SHORTEST = 1 << 18, 256  # elements, and samples, that are weighted at a time
@@ -45,6 +46,9 @@ class WeightedColumns(ABC):
 
         Returns:
             shapes (active, active) and (active, rows).
+
+        Raises:
+            ValueError: if the columns are too large for float64.
         """
         index = [torch.nonzero(row).squeeze(1) for row in active]
         ends = np.cumsum([0, *(len(i) for i in index)])
@@ -60,6 +64,8 @@ class WeightedColumns(ABC):
                 if len(first) and len(index[m]):
                     block = self.inner(first, index[m], weights[m])
                     matrix[rows, columns], matrix[columns, rows] = block, block.T
+        if not bool(matrix.isfinite().all()):
+            raise ValueError(NOT_FINITE)
         return matrix, mixed
 
 
