@@ -6,7 +6,7 @@ DATA ?= .
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-fuzz test-sklearn lint format bench bench-compact bench-features bench-files bench-linear bench-quality clean
+.PHONY: demo test test-fuzz test-sklearn lint format bench bench-compact bench-features bench-files bench-linear bench-quality docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
@@ -30,6 +30,10 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in docs/_build/html. Warnings are errors.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py
@@ -57,7 +61,7 @@ bench-quality: $(VENV)/.demo
 	$(BIN)/python benchmarks/compare_routes.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-peers $(VENV)-features runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-features docs/_build docs/_examples docs/auto_examples docs/auto_gallery runs .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +73,10 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(INSTALL) ".[dev]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml constraints.txt
+	$(INSTALL) ".[docs]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt

@@ -1,0 +1,53 @@
+"""Builds the site: `make docs`. The pages are Markdown, and read well on a code-hosting page too."""
+
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from docstrings import setup  # noqa: E402, F401 (Sphinx calls it)
+from example_pages import write_examples  # noqa: E402
+
+project = "torchreg"
+author = "torchreg maintainers"
+project_copyright = author
+version = release = re.search(r'__version__ = "(.+?)"', (HERE.parent / "torchreg/__init__.py").read_text())[1]
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "_examples", "gallery"]
+myst_heading_anchors = 3
+default_role = "py:obj"  # `name` in a docstring links to it if it is on a page, and is code otherwise
+
+autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False  # what every penalty or optimizer can do is said once, with the base class
+autodoc_typehints = "none"  # the docstrings say what arguments are, with units
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "torchreg"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+pygments_style = "friendly"
+
+write_examples(HERE.parent / "examples", HERE / "_examples")
+sphinx_gallery_conf = {
+    "examples_dirs": ["gallery", "_examples"],
+    "gallery_dirs": ["auto_gallery", "auto_examples"],
+    "filename_pattern": r"plot_\w+\.py$",  # the others, which train networks or need data, are shown and not run
+    "ignore_pattern": r"__init__\.py",
+    "download_all_examples": False,
+    "show_memory": False,
+    "min_reported_time": 60,
+    "within_subsection_order": "FileNameSortKey",
+}
