@@ -231,6 +231,20 @@ def test_the_limit_is_kept() -> None:
         assert excess > 1e-9
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("l1_ratio", [1.0, 0.5])
+def test_far_from_the_solution_the_gap_is_the_one_from_outside(l1_ratio: float, classes: int) -> None:
+    x, y = classification(60, 90, classes)
+    model = LogisticRegression(C=5.0, l1_ratio=l1_ratio, max_iter=2, tol=1.0, fit_intercept=False).fit(x, y)
+    outside = relative_gap(model, x, y) * np.log(classes)
+    assert outside > 1e-4
+    if l1_ratio == 1:
+        np.testing.assert_allclose(model.dual_gap_, outside, rtol=1e-9)
+    else:  # with L2 there is a second dual point, which may be the better one
+        best = LogisticRegression(C=5.0, l1_ratio=l1_ratio, fit_intercept=False).fit(x, y)
+        assert objective(model, x, y) - objective(best, x, y) <= model.dual_gap_ <= outside
+
+
 def test_a_working_set_that_is_too_small_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logistic_newton, "_FEWEST", 2)
     for name in ("wide, two classes", "wide, three classes"):

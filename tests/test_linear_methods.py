@@ -13,8 +13,8 @@ from logistic_cases import classification
 from logistic_cases import relative_gap as logistic_gap
 
 from torchreg.linear import ElasticNet, Lasso, LassoCV, LogisticRegression, accelerated, coordinate_descent, lasso_path
-from torchreg.linear.design import Dense
-from torchreg.linear.fista import solve_by_fista
+from torchreg.linear.design import Dense, mean_squares
+from torchreg.linear.fista import LeastSquares, solve_by_fista
 from torchreg.linear.problem import Problem, Strength
 
 compiled = pytest.mark.skipif(coordinate_descent.unavailable() is not None, reason="there is no compiler")
@@ -100,6 +100,24 @@ def test_screening_leaves_out_only_zeros_of_the_solution(fraction: float, monkey
         assert set(support.tolist()) <= set(every.tolist())
     assert len(every) < (60 if fraction == 0.5 else 399)
     assert screened.gap <= 1e-12 * problem.power
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.3])
+def test_the_dual_solution_is_as_near_as_the_certificate_says(fraction: float) -> None:
+    x, y = CASES["wide"]()
+    problem = Problem(Dense(torch.from_numpy(x)), torch.from_numpy(y))
+    composite = LeastSquares(problem, Strength(fraction * problem.largest))
+    exact = solve_by_fista(problem, [composite.strength], 10000, None)[0].values
+    least = 1.0
+    for share in (0.0, 0.5, 0.9):
+        w = share * exact.unsqueeze(0)
+        scores = problem.design.fitted(w)
+        pulls = [problem.design.correlations(problem.target - s) for s in (scores, problem.design.fitted(exact[None]))]
+        found = composite.certificate(scores, w, pulls[0])
+        apart = (found.force - pulls[1].abs()).abs() / (found.radius * mean_squares(problem.design).sqrt())
+        assert apart.max() <= 1 + 1e-9
+        least = min(least, 1 - float(apart.max()))
+    assert least < 0.9  # and not much farther
 
 
 @methods

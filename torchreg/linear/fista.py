@@ -21,7 +21,7 @@ def is_close(gap: float, power: float, eps: float) -> bool:
     return gap <= max(CLOSE, 16 * eps) * power
 
 
-class _LeastSquares(Composite):
+class LeastSquares(Composite):
     """½/n·‖z − Zw‖²."""
 
     rows, bend = 1, 1.0
@@ -97,7 +97,7 @@ def solve_by_fista(
     w = problem.target.new_zeros(1, features) if start is None else start.reshape(1, -1)
     every, found = torch.arange(features, device=w.device), []
     for strength in strengths:
-        composite = _LeastSquares(problem, strength)
+        composite = LeastSquares(problem, strength)
         w, _, gap, steps = accelerate(composite, problem.power, target, limit, w, w.new_zeros(1))
         found.append(Solution(every, w[0], gap, steps))
     return found
