@@ -6,7 +6,7 @@ DATA ?= .
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-fuzz test-sklearn lint format bench bench-compact bench-features bench-files bench-linear bench-quality docs clean
+.PHONY: demo test test-fuzz test-sklearn lint format bench bench-compact bench-embeddings bench-features bench-files bench-linear bench-quality docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
@@ -40,6 +40,9 @@ bench: $(VENV)/.bench
 
 bench-compact: $(VENV)/.dev
 	$(BIN)/python benchmarks/compact.py
+
+bench-embeddings: $(VENV)/.demo
+	$(BIN)/python benchmarks/embeddings.py
 
 bench-files: $(VENV)/.demo
 	$(BIN)/python benchmarks/sparse_files.py

@@ -167,3 +167,12 @@ def test_draw_penalties_draws_the_pictures_of_the_page(tmp_path):
     for name in names:
         assert 20_000 < Path(name).stat().st_size < 200_000
         assert Path(name).read_bytes()[16:24] == (EXAMPLES.parent / "docs" / Path(name).name).read_bytes()[16:24]
+
+
+def test_embeddings_leave_the_items_that_matter():
+    out = run("embeddings.py", "--items", "500", "--steps", "1000")
+    left, useful, known = map(int, re.search(r"items left: (\d+), (\d+) of them among the (\d+)", out).groups())
+    assert useful == known == 50
+    assert left < 350
+    error, spread = map(float, re.search(r"mean squared error ([\d.]+) of ([\d.]+)", out).groups())
+    assert error < 0.5 * spread
