@@ -10,7 +10,7 @@ import sklearn.linear_model
 from linear_cases import CASES, sparse_case, tall
 from sklearn.model_selection import KFold, ShuffleSplit
 
-from torchreg.linear import ElasticNetCV, LassoCV, folds
+from torchreg.linear import ElasticNetCV, Lasso, LassoCV, folds
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own
 EXACT = {"tol": 1e-12, "max_iter": 1_000_000}
@@ -97,3 +97,21 @@ def test_several_targets_are_refused() -> None:
     x, y = tall()
     with pytest.raises(ValueError, match="use MultiTaskLassoCV"):
         LassoCV().fit(x, np.c_[y, y])
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 1e5])
+@pytest.mark.parametrize("fit_intercept", [True, False])
+def test_folds_of_neighbours_are_those_of_scattered_samples(offset: float, fit_intercept: bool) -> None:
+    """Neighbouring rows are a view, and the last fit takes the folds' Gram matrix: neither may be seen."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 7)) + offset
+    y = x[:, 0] - x[:, 3] + rng.standard_normal(60)
+    folds = [(np.delete(np.arange(60), part), part) for part in np.arange(60).reshape(4, 15)]
+    scattered = [(train[::-1].copy(), test[::-1].copy()) for train, test in folds]
+    a, b = (LassoCV(alphas=20, cv=cv, fit_intercept=fit_intercept).fit(x, y) for cv in (folds, scattered))
+    np.testing.assert_allclose(a.mse_path_, b.mse_path_, rtol=1e-8)
+    assert a.alpha_ == b.alpha_
+    alone = Lasso(a.alpha_, fit_intercept=fit_intercept).fit(x, y)
+    np.testing.assert_allclose(a.coef_, alone.coef_, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(a.intercept_, alone.intercept_, rtol=1e-8, atol=1e-8)
+    assert a.dual_gap_ <= 1e-12 * (y @ y) / 60

@@ -18,6 +18,7 @@ from torchreg.linear.elastic_net import METHODS, PLACES, ElasticNet, Lasso, Tens
 from torchreg.linear.folds import Folds
 from torchreg.linear.inputs import Data, read
 from torchreg.linear.paths import alpha_grid, enet_path, lasso_path
+from torchreg.linear.precomputed import Ready
 from torchreg.linear.problem import Problem, Strength
 
 
@@ -72,7 +73,7 @@ class CrossValidated(TensorPrediction):
         self.alphas_ = np.asarray(grids)
         if len(ratios) == 1 or not isinstance(self.alphas, numbers.Integral):
             self.alphas_ = self.alphas_[0]
-        self._refit(X, y, sample_weight, ratios[best])
+        self._refit(X, y, sample_weight, ratios[best], folds.gram())
         return self
 
     def _target(self, data: Data, y: Any) -> Any:
@@ -104,13 +105,13 @@ class CrossValidated(TensorPrediction):
         problem = self._problem(data)
         return [alpha_grid(problem, ratio, self.eps, int(self.alphas)) for ratio in ratios]
 
-    def _refit(self, X: Any, y: Any, sample_weight: Any, ratio: float) -> None:
+    def _refit(self, X: Any, y: Any, sample_weight: Any, ratio: float, gram: Tensor | None) -> None:
         model = self._get_estimator()
         own = model.get_params()
         model.set_params(**{name: value for name, value in self.get_params().items() if name in own})
         model.alpha, model.l1_ratio = self.alpha_, ratio
         if isinstance(getattr(self, "precompute", None), str):
-            model.precompute = False
+            model.precompute = False if gram is None else Ready(gram)
         if sample_weight is None:
             model.fit(X, y)
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
-_HARMLESS = 100.0  # a mean square this many times the variance costs two digits of a Gram matrix
+HARMLESS = 100.0  # a mean square this many times the variance costs two digits of a Gram matrix
 _CONSTANT = 16.0  # a column that varies by fewer roundings of its mean than this is constant
 
 
@@ -129,7 +129,7 @@ class Dense(Design):
             if self.mean is None:
                 return whole.div_(self.samples)
             whole.div_(self.samples).addr_(self.mean, self.mean, alpha=-1)
-            if bool((self.mean.square() <= _HARMLESS * whole.diagonal()).all()):
+            if bool((self.mean.square() <= HARMLESS * whole.diagonal()).all()):
                 return whole
         total = torch.zeros(self.features, self.features, dtype=torch.float64, device=self.device)
         step = max(1, _BLOCK // max(1, self.features))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.linear.design import inner, weighted_mean
+from torchreg.linear.design import HARMLESS, inner, weighted_mean
 from torchreg.linear.full_gram import Normal
 from torchreg.linear.inputs import Data
 from torchreg.linear.paths import warn_if_far
@@ -84,6 +84,7 @@ class Folds:
         self.splits = [(_indices(train, device), _indices(test, device)) for train, test in splits]
         self._eps = data.design(False)[0].eps
         self._sums_of: list[tuple[Moments, Normal, Moments]] | None = None
+        self._whole: Moments | None = None
 
     def errors(self, strengths: list[Strength], limit: int, tol: float) -> Any:
         """Mean squared errors on the samples left out, shape (folds, strengths), for falling strengths."""
@@ -95,6 +96,13 @@ class Folds:
                 self._sums_of = self._moments()
             rows = [self._by_moments(i, strengths, limit, tol) for i in range(len(self.splits))]
         return torch.stack(rows).cpu().numpy()
+
+    def gram(self) -> Tensor | None:
+        """ZᵀZ/n of all samples, if it has been computed on the way."""
+        whole = self._whole
+        if whole is None or not bool((whole.spread() >= _LEFT * whole.xx.diagonal()).all()):
+            return None
+        return whole.normal(self.centred, len(self.data.y), self.positive).gram
 
     def _wide(self, train: Tensor, test: Tensor, strengths: list[Strength], limit: int, tol: float) -> Tensor:
         """By a path on the training samples: the others have no weight, so that X is not copied."""
@@ -137,6 +145,8 @@ class Folds:
         tests = [self._sums(test) for _, test in self.splits]
         partition = bool((left_out.sum(0) == 1).all())
         whole = reduce(operator.add, tests) if partition else self._sums(torch.arange(n, device=self.data.y.device))
+        if partition and self.data.weights is None:
+            self._whole = whole
         result = []
         for i, (train, _) in enumerate(self.splits):
             complement = bool((left_out[i] + kept[i] == 1).all())
@@ -165,6 +175,13 @@ class Folds:
         mean, target_mean = self._offsets
         y = self.data.y[index, 0] - target_mean
         v = torch.ones_like(y) if self.data.weights is None else self.data.weights[index]
+        rows = self._neighbours(index)
+        if rows is not None:
+            total, weight = rows.sum(0), float(len(rows))
+            x_sum = total - weight * mean
+            xx = inner(rows).addr_(total, mean, alpha=-1).addr_(mean, x_sum, alpha=-1)
+            if bool((mean.square() <= HARMLESS * xx.diagonal() / weight).all()):
+                return Moments(weight, x_sum, float(y.sum()), xx, y @ rows - y.sum() * mean, float(y @ y))
         x_sum, xy = torch.zeros_like(mean), torch.zeros_like(mean)
         xx = mean.new_zeros(len(mean), len(mean))
         for part, target, weight in zip(*(t.split(_block(len(mean))) for t in (index, y, v)), strict=True):
@@ -175,6 +192,15 @@ class Folds:
                 block *= weight.sqrt()[:, None]
             xx += inner(block)
         return Moments(float(v.sum()), x_sum, float(v @ y), xx, xy, float((v * y) @ y))
+
+    def _neighbours(self, index: Tensor) -> Tensor | None:
+        """Rows of X as a view, if they lie one after the other and have no weights."""
+        x = self.data.x
+        if self.data.weights is not None or not isinstance(x, Tensor) or x.dtype != torch.float64 or not len(index):
+            return None
+        first = int(index[0])
+        is_range = torch.equal(index, torch.arange(first, first + len(index), device=index.device))
+        return x[first : first + len(index)] if is_range else None
 
     def _by_moments(self, fold: int, strengths: list[Strength], limit: int, tol: float) -> Tensor:
         assert self._sums_of is not None
