@@ -21,21 +21,24 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
+    "mathml",
 ]
 exclude_patterns = ["_build", "_examples", "gallery"]
 myst_heading_anchors = 3
 default_role = "py:obj"  # `name` in a docstring links to it if it is on a page, and is code otherwise
 
-autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False  # what every penalty or optimizer can do is said once, with the base class
 autodoc_typehints = "none"  # the docstrings say what arguments are, with units
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "torchreg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_theme_options = {"light_css_variables": {"code-font-size": "0.78em"}, "dark_css_variables": {}}
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "friendly"

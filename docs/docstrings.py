@@ -41,13 +41,16 @@ def _skip(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) 
     return True if re.fullmatch(r"set_\w+_request|get_metadata_routing", name) else None
 
 
-def _public_bases(app: Any, name: str, thing: Any, options: Any, bases: list[Any]) -> None:
-    """In place of a private base class its nearest public one."""
-    bases[:] = dict.fromkeys(next(base for base in b.__mro__ if base.__name__[0] != "_") for b in bases)
+def _public(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """A link for `ProxSGD` in the docstring of another module, where it is not a name of that module."""
+    if node.get("refdomain") != "py" or node["reftarget"].startswith("torchreg."):
+        return None
+    target = f"torchreg.{node['reftarget']}"
+    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
-    app.connect("autodoc-process-bases", _public_bases)
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-docstring", _process, priority=400)  # before napoleon's, which adds markup
+    app.connect("missing-reference", _public)

@@ -50,9 +50,9 @@ def _cells():
     for section in PAGE.split("\n## ")[1:]:
         setting = section.splitlines()[0]
         for line in section.splitlines():
-            if match := re.fullmatch(r"\| (.+?) \| (.+?) \|(?: `(.+?)`)? \|", line):
-                if match[1] != "---":
-                    yield setting, match[1], match[2], match[3]
+            match = re.fullmatch(r"\| (.+?) \| (.+?) \|(?: `(.+?)`)? \|", line)
+            if match and match[1] != "---":
+                yield setting, match[1], match[2], match[3]
 
 
 CELLS = list(_cells())
@@ -127,7 +127,7 @@ def readme_table():
     lines = [f"| | {' | '.join(FEATURES)} |", f"| --- |{' :-: |' * len(FEATURES)}"]
     for setting in SETTINGS:
         marks = []
-        for _, feature, claim, test in (cell for cell in CELLS if cell[0] == setting):
+        for _, _, claim, test in (cell for cell in CELLS if cell[0] == setting):
             kind = "GPU" if claim == ON_GPU else "no" if claim.startswith("refused") else "✓"
             file, name, chosen = _split(test) if test else ("", "", None)
             title = f"{name}[{chosen}]" if chosen else name

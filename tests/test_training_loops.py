@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import torchreg
-from torchreg import L1, RMDA, GroupLasso, Proximal, ProxAdamW, ProxSGD, TargetSparsity
+from torchreg import L1, RMDA, GroupLasso, ProxAdamW, Proximal, ProxSGD, TargetSparsity
 
 PENALTIES = {"L1": L1(2e-2), "GroupLasso": GroupLasso(2e-2, "rows")}
 STEPS = 6
@@ -28,7 +28,7 @@ class Writer:
 
 
 class Part:
-    """A feature in a training: its optimizer, what it adds to the loss, what it does after a step, what it ends with."""
+    """A feature in a training: its optimizer, its part of the loss, what it does after a step, what it ends with."""
 
     def __init__(self, optimizer, term=no_term, after_step=lambda: None, found=list):
         self.optimizer, self.term, self.after_step, self.found = optimizer, term, after_step, found
