@@ -10,7 +10,7 @@ def write_examples(source: Path, target: Path) -> None:
     """Copy the examples to ``target``, each with a title and its commands as code, and a header for the gallery."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    header = "Examples\n========\n\nScripts that run as they stand, and in the tests: ``python examples/NAME.py``."
+    header = "Examples\n========\n\nScripts, which the tests run, and what they share: ``python examples/NAME.py``."
     (target / "README.rst").write_text(header + "\n", encoding="utf-8")
     for path in sorted(source.glob("*.py")):
         text = path.read_text(encoding="utf-8")

@@ -124,7 +124,8 @@ def test_no_cell_claims_what_no_test_shows(setting, feature, claim, test):
 
 def readme_table():
     """The page as one table: a mark for each cell, which links to the test's file and names the test."""
-    lines = [f"| | {' | '.join(FEATURES)} |", f"| --- |{' :-: |' * len(FEATURES)}"]
+    short = {"TargetSparsity": "target", "SparsityMonitor": "monitor", "freeze_zeros": "freeze"}
+    lines = [f"| | {' | '.join(short.get(name, name) for name in FEATURES)} |", f"| --- |{' :-: |' * len(FEATURES)}"]
     for setting in SETTINGS:
         marks = []
         for _, _, claim, test in (cell for cell in CELLS if cell[0] == setting):
