@@ -238,6 +238,11 @@ def test_tensorboard_reads_curves_and_hparams(small, method):
     events = EventAccumulator(str(directory)).Reload()
     tags = set(events.Tags()["scalars"])
     assert {"loss/data", "loss/penalty", "accuracy/test", "lr", "sparsity/total", "sparsity/0.weight"} <= tags
+    assert {"mask/0.weight", "mask/2.weight"} <= set(events.Tags()["images"])
+    assert {"weights/0.weight", "weights/2.weight"} <= set(events.Tags()["histograms"])
+    texts = {"torchreg/penalties/text_summary", "torchreg/sparsity/text_summary", "custom_scalars__config__"}
+    assert texts <= set(events.Tags()["tensors"])
+    assert [e.step for e in events.Scalars("final/accuracy")] == [30], "where the curves end"
     assert [e.step for e in events.Scalars("accuracy/test")] == list(range(3, 31, 3))
     result = next(m for m in small[0]["methods"] if m["method"] == method)["runs"][1]
     assert events.Scalars("accuracy/test")[-1].value == pytest.approx(result["accuracy"])
@@ -362,6 +367,11 @@ def test_tensorboard_shows_the_refit_after_the_training(refitted):
 
     document, logdir, _ = refitted
     events = EventAccumulator(str(logdir / "l1-prox-seed1")).Reload()
+    assert {"mask/0.weight", "mask/2.weight"} <= set(events.Tags()["images"])
+    assert {"weights/0.weight", "weights/2.weight"} <= set(events.Tags()["histograms"])
+    texts = {"torchreg/penalties/text_summary", "torchreg/sparsity/text_summary", "custom_scalars__config__"}
+    assert texts <= set(events.Tags()["tensors"])
+    assert [e.step for e in events.Scalars("final/accuracy")] == [30], "where the curves end"
     assert [e.step for e in events.Scalars("accuracy/test")] == list(range(3, 51, 3))
     entries = {m["method"]: m["runs"][1] for m in document["methods"]}
     assert events.Scalars("final/accuracy")[-1].value == pytest.approx(entries["l1-prox"]["accuracy"])

@@ -268,7 +268,8 @@ def test_damaged_files_never_break_the_page(trained, tmp_path, capsys):
         (target / "events.out.tfevents.1").write_bytes(damaged)
         status = main(["report", str(target)])
         sound += status == 0
-        assert status == 0 or capsys.readouterr().err.count("\n") == 1
+        said = capsys.readouterr().err
+        assert status == 0 or said.count("\n") == 1
         if status == 0:
             Page((target / "report.html").read_text(encoding="utf-8"))
     assert sound > 30

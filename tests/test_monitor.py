@@ -254,7 +254,7 @@ def test_tensorboards_own_reader_finds_everything(tmp_path):
     assert histogram.min == pytest.approx(kept.min().item())
     assert histogram.sum == pytest.approx(kept.sum().item(), rel=1e-4)
     image = events.Images("mask/2.weight")[-1]
-    assert (image.height, image.width) == (20, 288), "pixels are repeated until the longer side is at least 256"
+    assert (image.height, image.width) == (24, 292), "repeated until the longer side is at least 256, and framed"
     assert "custom_scalars__config__" in tags["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert events.Scalars("final/sparsity")[0].value == pytest.approx(torchreg.sparsity(reg).fraction)
@@ -456,3 +456,81 @@ def test_large_masks_are_averaged_down():
     image = mask_image(w)
     assert image.shape == (512, 30)
     assert set(image.unique().tolist()) <= {127, 128}
+
+
+def test_a_tall_mask_is_centred_on_a_square_and_a_white_one_has_an_edge():
+    from torchreg.monitor.pictures import BLUE, FRAME, enlarged
+
+    image = enlarged(torch.full((64, 16), 255, dtype=torch.uint8))
+    assert image.shape == (256 + 2 * FRAME, 256 + 2 * FRAME, 3)
+    white = (image == 255).all(2)
+    assert white[FRAME:-FRAME, FRAME + 96 : FRAME + 160].all()
+    assert white.sum() == 256 * 64
+    assert (image[~white] == BLUE).all()
+    assert 255 not in BLUE, "told from a white mask"
+
+
+@pytest.mark.parametrize("weights", [None, "averaged"])
+def test_each_chart_of_the_layout_finds_its_tags(weights):
+    seen, charts = {}, {}
+
+    class Charts(Recorder):
+        def add_custom_scalars(self, layout):
+            charts.update(layout)
+
+    reg = Regularizer(linear([0.0, 2.0]), torchreg.GroupLasso(0.1, "rows"))
+    opt = ProxSGD(reg.param_groups(), lr=0.1)
+    writer = Charts()
+    monitor = SparsityMonitor(reg, writer, every=1, optimizer=opt, custom_scalars=True, weights=weights)
+    monitor.step(loss=1.0)
+    ((title, found),) = charts.items()
+    assert title == ("torchreg: averaged weights" if weights else "torchreg")
+    for name, (_, (pattern,)) in found.items():
+        seen[name] = sorted(tag for tag in writer.scalars if re.match(pattern, tag))
+    start = f"{weights}/" if weights else ""
+    assert seen["data loss"] == [f"{start}loss/data"]
+    assert seen["penalty"] == [f"{start}loss/penalty"]
+    assert seen["exact zeros"] == [f"{start}sparsity/total"]
+    assert seen["exact zeros of each parameter"] == [f"{start}sparsity/weight"]
+    assert seen["weights that became zero"] == [f"{start}zeros/new"]
+    assert seen["weights that woke up"] == [f"{start}zeros/revived"]
+    assert seen["groups alive"] == [f"{start}groups/weight"]
+    assert not [name for name in seen if not seen[name] and name != "threshold of the proximal step"]
+
+
+def test_the_text_page_gets_tables_once():
+    texts = []
+
+    class Texts(Recorder):
+        def add_text(self, tag, text, step):
+            texts.append((tag, step, text))
+
+    model = nn.Sequential(linear([0.0, 0.0], [1.0, 0.0]), nn.Linear(2, 1))
+    reg = Regularizer(model, {"0.weight": torchreg.GroupLasso(0.5, "rows"), "1.weight": L1(torch.ones(1, 2))})
+    monitor = SparsityMonitor(reg, Texts(), every=2, text=True)
+    for _ in range(5):
+        monitor.step()
+    monitor.close()
+    monitor.close()
+    assert [(tag, step) for tag, step, _ in texts] == [
+        ("torchreg/penalties", 2),
+        ("torchreg/sparsity", 5),
+        ("torchreg/groups", 5),
+    ]
+    penalties, zeros, groups = (text for *_, text in texts)
+    assert "| `0.weight` | 2×2 | '0.weight' | GroupLasso strength=0.5, groups=rows |" in penalties
+    assert "L1 strength=1…1" in penalties or "L1 1…1" in penalties
+    assert "none: bias" in penalties
+    assert "| `0.weight` | 2×2 | 4 | 3 | 75.0 | 1 of 2 | 1 of 2 |" in zeros
+    assert "| `0.weight` | rows | 2 | 1 |" in groups
+    with pytest.raises(TypeError, match="add_text"):
+        SparsityMonitor(reg, Recorder(), text=True)
+
+
+def test_a_text_table_has_an_end_and_takes_any_name():
+    from torchreg.monitor.text import LONGEST_TABLE, markdown
+
+    table = markdown(("name", "n"), [(f"a|`b\n{i}", "1") for i in range(LONGEST_TABLE + 7)])
+    assert table.endswith("… and 7 more.")
+    assert all(re.fullmatch(r"\| .+ \| .+ \|", line) for line in table.splitlines()[:-2])
+    assert "`a\\|b 0`" in table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -135,3 +136,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def clean_name(name: str) -> str:
     """The name without the parts that torch.compile, FSDP and activation checkpointing add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def shape_text(p: Tensor) -> str:
+    """The sizes of a parameter."""
+    if isinstance(p, nn.parameter.UninitializedParameter):
+        return "not initialised"
+    return "×".join(map(str, p.shape)) or "scalar"
+
+
+def strengths_text(a: Assignment) -> str:
+    """The penalty's name and fields that are not at their defaults; a strength alone needs no name."""
+    assert a.penalty is not None
+    fields = {f.name: (getattr(a.penalty, f.name), f.default) for f in dataclasses.fields(a.penalty)}  # type: ignore[arg-type]
+    shown = {name: value for name, (value, default) in fields.items() if isinstance(value, Tensor) or value != default}
+    names = len(shown) > 1 or not shown.keys() <= set(a.penalty.strength_names())
+    text = ", ".join(f"{name}={_number(value)}" if names else _number(value) for name, value in shown.items())
+    return f"{a.penalty.type_name} {text}".strip() + ("" if a.parameter.requires_grad else " (frozen: skipped)")
+
+
+def _number(value: object) -> str:
+    if isinstance(value, Tensor) and value.ndim:
+        return f"{value.min().item():.4g}…{value.max().item():.4g}" if value.numel() else "empty"
+    return f"{float(value):.4g}" if isinstance(value, (float, Tensor)) else str(value)

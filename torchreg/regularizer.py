@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchreg import kernels, sharding, tables, unsettled
-from torchreg.assignments import Assignment, by_rule, check_current, outdated
+from torchreg.assignments import Assignment, by_rule, check_current, outdated, shape_text, strengths_text
 from torchreg.hook import PenaltyHandle, check_gradients
 from torchreg.penalties import Penalty, sharded
 from torchreg.penalties.base import checked_strength, host_scalar
@@ -222,10 +221,10 @@ class Regularizer(nn.Module):
         alone = [a for a in here if a.penalty is None]
         parts = []
         if chosen:
-            rows = [(a.name, _shape(a.parameter), a.rule, _strengths(a)) for a in chosen]
+            rows = [(a.name, shape_text(a.parameter), a.rule, strengths_text(a)) for a in chosen]
             parts.append(tables.render(("parameter", "shape", "rule", "strength"), rows, left=4))
         if alone:
-            reasons = [(a.name, _shape(a.parameter), a.reason) for a in alone]
+            reasons = [(a.name, shape_text(a.parameter), a.reason) for a in alone]
             parts.append(tables.render(("left alone", "shape", "why"), reasons, left=3))
         scale = float(self.strength_scale)
         if scale != 1:
@@ -287,25 +286,3 @@ def _checked_scale(value: Any) -> Tensor:
     if scale.numel() != 1:
         raise ValueError(f"Expected `strength_scale` to be one number, got a tensor of shape {tuple(scale.shape)}.")
     return scale.reshape(())
-
-
-def _shape(p: Tensor) -> str:
-    if isinstance(p, nn.parameter.UninitializedParameter):
-        return "not initialised"
-    return "×".join(map(str, p.shape)) or "scalar"
-
-
-def _strengths(a: Assignment) -> str:
-    """The penalty's name and fields that are not at their defaults; a strength alone needs no name."""
-    assert a.penalty is not None
-    fields = {f.name: (getattr(a.penalty, f.name), f.default) for f in dataclasses.fields(a.penalty)}  # type: ignore[arg-type]
-    shown = {name: value for name, (value, default) in fields.items() if isinstance(value, Tensor) or value != default}
-    names = len(shown) > 1 or not shown.keys() <= set(a.penalty.strength_names())
-    text = ", ".join(f"{name}={_number(value)}" if names else _number(value) for name, value in shown.items())
-    return f"{a.penalty.type_name} {text}".strip() + ("" if a.parameter.requires_grad else " (frozen: skipped)")
-
-
-def _number(value: object) -> str:
-    if isinstance(value, Tensor) and value.ndim:
-        return f"{value.min().item():.4g}…{value.max().item():.4g}" if value.numel() else "empty"
-    return f"{float(value):.4g}" if isinstance(value, (float, Tensor)) else str(value)

@@ -23,6 +23,7 @@ from torchreg.cli.data import Dataset
 from torchreg.cli.methods import Method, Settings
 
 LOGS_PER_RUN = 10
+SHOWN: dict[str, Any] = {"histograms": True, "images": True, "custom_scalars": True, "text": True}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class _Phases:
     ) -> float:
         """Train for ``steps`` and return the median of a step's time, in seconds."""
         data, writer, done = self.data, self.writer, self.monitor.steps
-        self.monitor = torchreg.SparsityMonitor(self.reg, writer, every=self.every, optimizer=optimizer)
+        self.monitor = torchreg.SparsityMonitor(self.reg, writer, every=self.every, optimizer=optimizer, **SHOWN)
         self.monitor.load_state_dict({"steps": done})
         times = []
         with self.monitor as monitor:

@@ -46,6 +46,26 @@ class GuardedWriter:
         return callable(getattr(self.writer, method, None))
 
 
+def check_writer(writer: Any, *, histograms: bool, images: bool, custom_scalars: bool, text: bool) -> None:
+    """Raise TypeError if a writer lacks a method for what it is asked to log."""
+    needed = {
+        "add_scalar": True,
+        "add_histogram_raw": histograms,
+        "add_image": images,
+        "add_custom_scalars": custom_scalars,
+        "add_text": text,
+    }
+    missing = [
+        method
+        for method, wanted in needed.items()
+        if wanted and writer is not None and not callable(getattr(writer, method, None))
+    ]
+    if missing and writer is not None:
+        raise TypeError(
+            f"Expected a writer with {', '.join(missing)}(), such as SummaryWriter, got {type(writer).__name__}."
+        )
+
+
 def _check_worker(writer: Any) -> None:
     """Raise OSError if the thread that writes for tensorboardX is dead: its queue would fill up and block for ever.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,11 @@ from torch import Tensor
 BINS = 64
 LARGEST_IMAGE = 512
 SMALLEST_IMAGE = 256
+FRAME = 2
+BLUE = (190, 206, 226)
+
+Picture: TypeAlias = "np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]"
+"""uint8, height × width × red, green and blue."""
 
 
 @torch.no_grad()
@@ -90,18 +95,32 @@ class Barcode:
         if len(self._rows) > LARGEST_IMAGE:
             self._rows, self._every = self._rows[::2], 2 * self._every
 
-    def image(self) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-        """uint8, white where a group was alive."""
+    def image(self) -> Picture:
+        """White where a group was alive, framed."""
         rows = np.stack([np.unpackbits(row, count=self.count) for row in self._rows])
         shown = torch.from_numpy(rows).float()
         if self.count > LARGEST_IMAGE:
             shown = torch.nn.functional.adaptive_avg_pool1d(shown[None], LARGEST_IMAGE)[0]
         wide, high = max(1, SMALLEST_IMAGE // shown.shape[1]), max(1, SMALLEST_IMAGE // shown.shape[0])
         grey = (shown * 255).round().to(torch.uint8).numpy()
-        return np.kron(grey, np.ones((high, wide), dtype=np.uint8))
+        return framed(np.kron(grey, np.ones((high, wide), dtype=np.uint8)))
 
 
-def enlarged(image: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """The image with every pixel repeated until its longer side is at least 256, so that it is legible."""
+def enlarged(image: Tensor) -> Picture:
+    """The image with every pixel repeated until its longer side is at least 256, so that it is legible; framed."""
     factor = max(1, -(-SMALLEST_IMAGE // max(1, *image.shape)))
-    return np.kron(image.numpy(), np.ones((factor, factor), dtype=np.uint8))
+    return framed(np.kron(image.numpy(), np.ones((factor, factor), dtype=np.uint8)))
+
+
+def framed(grey: np.ndarray[Any, np.dtype[np.uint8]]) -> Picture:
+    """The grey image in a blue frame, which shows where a white one ends on TensorBoard's white page.
+
+    One that is taller than wide is made square: TensorBoard stretches images to the width of their card.
+    """
+    high, wide = grey.shape
+    margin = max(0, high - wide)
+    picture = np.empty((high + 2 * FRAME, wide + margin + 2 * FRAME, 3), dtype=np.uint8)
+    picture[:] = BLUE
+    left = FRAME + margin // 2
+    picture[FRAME : FRAME + high, left : left + wide] = grey[:, :, None]
+    return picture

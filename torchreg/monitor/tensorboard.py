@@ -13,23 +13,15 @@ from torch import Tensor
 
 from torchreg.monitor.counting import changed, counted_all, named_weights, which_weights
 from torchreg.monitor.finite import nonfinite
-from torchreg.monitor.guarded import GuardedWriter, warn
-from torchreg.monitor.living import has_groups, living_groups
+from torchreg.monitor.guarded import GuardedWriter, check_writer, warn
+from torchreg.monitor.layout import layout
+from torchreg.monitor.living import group_sparsity, has_groups, living_groups
 from torchreg.monitor.log import STRENGTH_SCALE, Log
 from torchreg.monitor.pictures import Barcode, Histogram, enlarged, mask_image, nonzero_histogram
-from torchreg.monitor.report import SparsityReport
+from torchreg.monitor.report import SparsityReport, sparsity
+from torchreg.monitor.text import groups_text, penalties_text, sparsity_text
 from torchreg.monitor.transfer import Transfer
 from torchreg.sharding import local, whole
-
-LAYOUT = {
-    "torchreg": {
-        "data loss and penalty": ["Multiline", ["loss/data", "loss/penalty"]],
-        "sparsity": ["Multiline", ["sparsity/.*"]],
-        "weights that became zero or woke up": ["Multiline", ["zeros/new", "zeros/revived"]],
-        "threshold": ["Multiline", ["threshold/.*"]],
-        "living groups": ["Multiline", ["groups/.*"]],
-    }
-}
 
 
 class SparsityMonitor:
@@ -74,6 +66,8 @@ class SparsityMonitor:
         images: also log images of the masks (``mask/<parameter>``): white where weights are, black for zeros.
         custom_scalars: also write a layout for TensorBoard's Custom Scalars page. TensorBoard keeps only the last
             layout of a run: leave it off where you write your own.
+        text: also write tables for TensorBoard's Text page: ``torchreg/penalties`` with the first log (for a
+            `Regularizer`), and when the monitor is closed ``torchreg/sparsity`` and ``torchreg/groups``.
         measures: more to log, by tag: functions that return a number, or a dict of them for several tags below that
             one, such as ``{"compacted": torchreg.export.CompactedSize(model, x)}``. One that fails is left out from
             then on, with a warning.
@@ -111,12 +105,13 @@ class SparsityMonitor:
         histograms: bool = False,
         images: bool = False,
         custom_scalars: bool = False,
+        text: bool = False,
         measures: Mapping[str, Callable[[], float | Mapping[str, float]]] | None = None,
         weights: str | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Expected `every` to be a positive integer, got {every!r}.")
-        _check_writer(writer, histograms=histograms, images=images, custom_scalars=custom_scalars)
+        check_writer(writer, histograms=histograms, images=images, custom_scalars=custom_scalars, text=text)
         self.source: Any = list(source) if isinstance(source, Iterator) else source
         self.writer = writer
         self._guard = GuardedWriter(writer)
@@ -125,11 +120,13 @@ class SparsityMonitor:
         self.histograms = histograms
         self.measures = _checked_measures(measures)
         self.images = images
+        self.text = text
         self.weights = which_weights(self.source) if weights is None else str(weights)
         self.steps = 0
         self.report: SparsityReport | None = None
         self._logged_at = -1
-        self._told = False
+        self._ended_at = 0
+        self._told = self._introduced = False
         self._loss: Tensor | float | None = None
         self._pending: tuple[Log, Transfer] | None = None
         watched = list(named_weights(self.source))
@@ -138,7 +135,9 @@ class SparsityMonitor:
         self._were_zero, _ = changed({}, watched)
         self._barcodes: dict[str, Barcode] = {}
         if custom_scalars:
-            self._write("add_custom_scalars", LAYOUT)
+            threshold = hasattr(optimizer, "effective_step")
+            chosen = layout(self.weights, threshold=threshold, groups=has_groups(self.source))
+            self._write("add_custom_scalars", chosen)
 
     def step(self, loss: Tensor | float | None = None) -> None:
         """Count an optimizer step, and log when it is time.
@@ -237,11 +236,14 @@ class SparsityMonitor:
             if self.images and len(alive):
                 barcode = self._barcodes.setdefault(name, Barcode(len(alive)))
                 barcode.add(alive)
-                self._write("add_image", log.tag(f"barcode/{name}"), barcode.image(), log.step, dataformats="HW")
+                self._write("add_image", log.tag(f"barcode/{name}"), barcode.image(), log.step, dataformats="HWC")
         for name, vector in log.received("histogram"):
             self._histogram(log, f"weights/{name}", Histogram.from_vector(vector))
         for name, picture in log.received("mask"):
-            self._write("add_image", log.tag(f"mask/{name}"), enlarged(picture), log.step, dataformats="HW")
+            self._write("add_image", log.tag(f"mask/{name}"), enlarged(picture), log.step, dataformats="HWC")
+        if self.text and not self._introduced:
+            self._introduced = True
+            self._text("penalties", penalties_text(self.source), log.step)
         if self._guard.can("end_log"):
             self._write("end_log", log.step)
 
@@ -263,14 +265,22 @@ class SparsityMonitor:
         plain = {k: v if isinstance(v, (bool, str, int, float)) else str(v) for k, v in hparams.items()}
         results = {name: _number(name, value) for name, value in metrics.items()}
         known = inspect.signature(self.writer.add_hparams).parameters
-        place = {"run_name": "."} if "run_name" in known else {"name": "."} if "name" in known else {}
+        place: dict[str, Any] = {"run_name": "."} if "run_name" in known else {"name": "."} if "name" in known else {}
+        if "global_step" in known:
+            place["global_step"] = self.steps  # the results' dots stand where the curves end
         self._write("add_hparams", plain, results, **place)
 
     def close(self) -> None:
-        """Log the last steps if they are not logged yet, and flush the writer."""
+        """Log the last steps if they are not logged yet, write the final tables, and flush the writer."""
         if self.steps > self._logged_at and self.steps > 0:
             self._begin(quick=True)
         self.flush()
+        if self.text and self.steps > self._ended_at:
+            self._ended_at = self.steps
+            self._text("sparsity", sparsity_text(sparsity(self.source)), self.steps)
+            if has_groups(self.source):
+                self._text("groups", groups_text(group_sparsity(self.source)), self.steps)
+            self.flush()
 
     def __enter__(self) -> SparsityMonitor:
         return self
@@ -291,7 +301,7 @@ class SparsityMonitor:
         """
         if not isinstance(state, Mapping) or set(state) != {"steps"}:
             raise ValueError(f"Expected the state of a SparsityMonitor, with the key 'steps', got {state!r:.200}.")
-        self.steps = self._logged_at = int(state["steps"])
+        self.steps = self._logged_at = self._ended_at = int(state["steps"])
         self._were_zero, _ = changed({}, list(named_weights(self.source)))
 
     def _ask_counts(self, log: Log) -> dict[int, int]:
@@ -343,30 +353,18 @@ class SparsityMonitor:
             moments = (h.least, h.greatest, h.count, h.total, h.total_squares)
             self._write("add_histogram_raw", log.tag(tag), *moments, h.limits, h.counts, log.step)
 
+    def _text(self, name: str, text: str | None, step: int) -> None:
+        if text:
+            self._write(
+                "add_text", f"{self.weights}/torchreg/{name}" if self.weights else f"torchreg/{name}", text, step
+            )
+
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
         self._guard.call(method, *args, **kwargs)
 
 
 def _nothing() -> None:
     return None
-
-
-def _check_writer(writer: Any, *, histograms: bool, images: bool, custom_scalars: bool) -> None:
-    needed = {
-        "add_scalar": True,
-        "add_histogram_raw": histograms,
-        "add_image": images,
-        "add_custom_scalars": custom_scalars,
-    }
-    missing = [
-        method
-        for method, wanted in needed.items()
-        if wanted and writer is not None and not callable(getattr(writer, method, None))
-    ]
-    if missing and writer is not None:
-        raise TypeError(
-            f"Expected a writer with {', '.join(missing)}(), such as SummaryWriter, got {type(writer).__name__}."
-        )
 
 
 def _checked_measures(measures: Any) -> dict[str, Callable[[], Any]]:
