@@ -6,13 +6,17 @@ DATA ?= .
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-fuzz test-sklearn lint format bench bench-compact bench-embeddings bench-features bench-files bench-linear bench-quality docs clean
+.PHONY: demo test test-browser test-fuzz test-sklearn lint format bench bench-compact bench-embeddings bench-features bench-files bench-linear bench-quality docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# A tour of TensorBoard's page in headless Chromium (apt-get install chromium chromium-driver); pictures in runs/tour.
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -rs tests/test_tensorboard_page.py
 
 # Scikit-learn's own tests on torchreg.linear, all of them: some minutes.
 test-sklearn: $(VENV)/.dev
@@ -76,6 +80,10 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(INSTALL) ".[dev]"
+	touch $@
+
+$(VENV)/.browser: $(VENV)/.python pyproject.toml constraints.txt
+	$(INSTALL) ".[browser]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.python pyproject.toml constraints.txt
