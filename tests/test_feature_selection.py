@@ -17,6 +17,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.exceptions import DataConversionWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
@@ -224,6 +225,7 @@ def test_a_network_of_the_users_own(digits):
         (lambda d, k: Residual(d, k, True), "with 2 of them"),
         (lambda d, k: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, k)), "given the input itself"),
         (lambda d, k: nn.Linear(d, k + 1), "to give 10 numbers for each sample"),
+        (lambda d, k: nn.Linear(d, k).requires_grad_(False), "input layer is trained"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused(digits, make, words):
@@ -274,6 +276,9 @@ def test_tensors_strings_and_several_targets(digits):
     np.testing.assert_array_equal(arrays.predict(x), tensors.predict(torch.from_numpy(x)))
     names = np.array([f"digit {i}" for i in range(10)], dtype=object)
     assert FeatureSelector(9, **quick).fit(x, names[y]).predict(x[:3])[0].startswith("digit")
+    with pytest.warns(DataConversionWarning):
+        column = FeatureSelector(9, **quick).fit(x, y[:, None], X_val=x, y_val=y[:, None])
+    assert column.predict(x).shape == (300,)
     several = FeatureSelector(9, **quick).fit(x, np.c_[y + 0.5, -y])
     assert several.predict(x).shape == (300, 2)
 

@@ -211,6 +211,10 @@ def test_a_fit_can_be_followed_by_another_and_leaves_nothing_behind():
         _, trainer = fit(callback, model)
         assert callback.regularization.steps == 12
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+    fit(callback, model, max_steps=0)
+    assert not callback.regularization.attached
+    fit(callback, model)
+    assert callback.regularization.steps == 12
 
 
 def test_an_error_in_the_training_is_the_one_that_is_seen():

@@ -10,7 +10,7 @@ import sklearn.linear_model
 from linear_cases import CASES, sparse_case, tall
 from sklearn.model_selection import KFold, ShuffleSplit
 
-from torchreg.linear import ElasticNetCV, Lasso, LassoCV, folds
+from torchreg.linear import ElasticNetCV, Lasso, LassoCV, MultiTaskLassoCV, folds
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own
 EXACT = {"tol": 1e-12, "max_iter": 1_000_000}
@@ -115,3 +115,19 @@ def test_folds_of_neighbours_are_those_of_scattered_samples(offset: float, fit_i
     np.testing.assert_allclose(a.coef_, alone.coef_, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(a.intercept_, alone.intercept_, rtol=1e-8, atol=1e-8)
     assert a.dual_gap_ <= 1e-12 * (y @ y) / 60
+
+
+@pytest.mark.parametrize(("kept", "part"), [(slice(20, None), "test"), (slice(0, 20), "training")])
+@pytest.mark.parametrize("model", [LassoCV, ElasticNetCV, MultiTaskLassoCV])
+@pytest.mark.parametrize("copies", [1, 30])
+def test_folds_without_weight_are_refused(model: Any, copies: int, kept: slice, part: str) -> None:
+    """The wide way gave NaN for them, and took the largest strength for the best."""
+    x, y = tall()
+    x, y = np.tile(x[:80], (1, copies)), y[:80]
+    weights = np.zeros(80)
+    weights[kept] = 1
+    targets = np.c_[y, -y] if model is MultiTaskLassoCV else y
+    with pytest.raises(ValueError, match=rf"each fold to have {part} samples of positive weight, fold 0 of 4"):
+        model(alphas=5, cv=4).fit(x, targets, sample_weight=weights)
+    with pytest.raises(ValueError, match=r"fold 1 of 2 has none among 0 of 80 samples"):
+        model(alphas=5, cv=[(range(40), range(40, 80)), (range(40), [])]).fit(x, targets)

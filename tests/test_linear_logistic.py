@@ -130,6 +130,8 @@ def test_float32(l1_ratio: float) -> None:
         model = LogisticRegression(C=0.3, l1_ratio=l1_ratio).fit(narrow, y)
         assert model.coef_.dtype == model.intercept_.dtype == np.float32
         assert abs(relative_gap(model, narrow, y)) < 1e-5
+        wide = LogisticRegression(C=0.3, l1_ratio=l1_ratio).fit(narrow.astype(np.float64), y)
+        np.testing.assert_allclose(model.coef_, wide.coef_, atol=1e-5 * max(1, np.abs(wide.coef_).max()))
         assert LogisticRegression(l1_ratio=l1_ratio, dtype="float64").fit(narrow, y).coef_.dtype == np.float64
 
 

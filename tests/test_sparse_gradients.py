@@ -314,6 +314,52 @@ def test_a_loaded_model_has_missed_nothing():
     assert torch.equal(model.state_dict()["items.weight"], fresh["items.weight"])
 
 
+@pytest.mark.parametrize("settles", [False, True])
+def test_a_table_read_by_a_tied_layer_is_settled_or_the_step_says_so(settles):
+    """The layer reads all rows, of which the hooks know nothing; its gradient is dense."""
+    torch.manual_seed(0)
+    lookup = nn.Embedding(20, 4, sparse=True, dtype=torch.float64)
+    plain = copy.deepcopy(lookup)
+    plain.sparse = False
+    opt = ProxSGD([lookup.weight], lr=0.1, penalty=L1(0.01))
+    dense = ProxSGD([plain.weight], lr=0.1, penalty=L1(0.01))
+    opt.settle_lookups(lookup)
+    for t in range(6):
+        if t == 4 and settles:
+            opt.settle(lookup.weight)
+        for module, optimizer in ((plain, dense), (lookup, opt)):
+            optimizer.zero_grad()
+            seen = module(torch.tensor([0, 3 * t]))
+            ((seen @ module.weight.T if t == 4 else seen) - 1).square().mean().backward()
+            if t == 4 and module is lookup and not settles:
+                before = lookup.weight.detach().clone()
+                with pytest.raises(RuntimeError, match=r"settle\(parameter, rows\).*tied layer"):
+                    optimizer.step()
+                assert torch.equal(before, lookup.weight)
+                return
+            optimizer.step()
+    opt.flush()
+    torch.testing.assert_close(lookup.weight, plain.weight)
+
+
+def test_a_gradient_that_was_made_dense_needs_no_more_settling():
+    p = nn.Parameter(table())
+    opt = ProxSGD([p], lr=0.1, penalty=L1(0.05))
+    other = copy.deepcopy(opt)
+    (q,) = other.param_groups[0]["params"]
+    for t in range(5):
+        rows = torch.tensor([t, 2 * t + 1])
+        for param, optimizer in ((p, opt), (q, other)):
+            optimizer.settle(param, rows)
+            param.grad = sparse_gradient(rows, torch.ones(2, 4).double(), param.shape, False)
+            if t == 3 and param is q:
+                param.grad = param.grad.to_dense()
+            optimizer.step()
+    opt.flush()
+    other.flush()
+    torch.testing.assert_close(p, q)
+
+
 def test_removed_hooks_and_copies_settle_nothing_and_the_step_says_so():
     model, opt, _ = trained(sparse=True, steps=20)
     twin_model, twin = copy.deepcopy((model, opt))

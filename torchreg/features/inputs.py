@@ -17,7 +17,7 @@ def input_layer(network: nn.Module, x: Tensor, outputs: int) -> nn.Linear:
         outputs: how many numbers the network is to give for each.
 
     Raises:
-        ValueError: if there is no such layer, or the output depends on the features in another way too,
+        ValueError: if there is no such layer, it is frozen, or the output depends on the features in another way too,
             or is of another shape.
     """
     x = x[:2].detach().clone().requires_grad_()
@@ -37,6 +37,8 @@ def input_layer(network: nn.Module, x: Tensor, outputs: int) -> nn.Linear:
                     f"Expected the network to give {outputs} numbers for each sample, (samples, {outputs}), got the "
                     f"shape {shape} for {len(x)} samples."
                 )
+            if len(readers) == 1 and not readers[0].weight.requires_grad:
+                raise ValueError("Expected a network whose input layer is trained: its weight has requires_grad=False.")
             if len(readers) == 1 and not _reads_otherwise(network, readers[0], x):
                 return readers[0]
     finally:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
 _LABELS = ("binary", "multiclass")
@@ -17,13 +18,14 @@ class Classes:
     task = "classification"
 
     def __init__(self, y: Any) -> None:
-        self.labels = np.unique(y)
+        self.labels = np.unique(column_or_1d(y, warn=True))
         self.outputs = len(self.labels)
         if self.outputs < 2:
             raise ValueError(f"The number of classes has to be greater than one; got {self.outputs} class.")
 
     def encode(self, y: Any) -> Any:
         """Labels' positions."""
+        y = column_or_1d(y)
         codes = np.searchsorted(self.labels, y).clip(max=self.outputs - 1)
         if not (self.labels[codes] == y).all():
             raise ValueError("y_val has labels that are not in y.")

@@ -129,6 +129,10 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
         with suppress(Exception):  # the first error is the one to see
             self.regularization.detach()
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the optimizers after a fit with ``max_steps=0`` too, whose training has no end."""
+        self.regularization.detach()
+
     def _reprox(self, averaging: Any, pl_module: Any) -> None:
         if self.reprox:
             average = averaging._average_model

@@ -51,7 +51,7 @@ class CrossValidated(TensorPrediction):
             params: for the splitter, if scikit-learn's metadata routing is enabled.
 
         Raises:
-            ValueError: for unsuitable data, as in scikit-learn.
+            ValueError: for unsuitable data, as in scikit-learn, and folds of which a part has no weight.
         """
         _raise_for_params(params, self, "fit")
         data = read(self, X, y, sample_weight)
@@ -59,6 +59,7 @@ class CrossValidated(TensorPrediction):
         ratios = self._ratios()
         grids = self._grids(data, ratios)
         folds = self._folds(data, list(self._splits(data, X, y, sample_weight, params)))
+        folds.check_weights()
         errors = []
         for ratio, grid in zip(ratios, grids, strict=True):
             strengths = [Strength(float(a) * ratio, float(a) * (1 - ratio)) for a in grid]

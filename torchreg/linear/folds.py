@@ -86,6 +86,18 @@ class Folds:
         self._sums_of: list[tuple[Moments, Normal, Moments]] | None = None
         self._whole: Moments | None = None
 
+    def check_weights(self) -> None:
+        """Raise ``ValueError`` if a fold has no weight to train with, or none to be judged by."""
+        y, weights = self.data.y, self.data.weights
+        for i, parts in enumerate(self.splits):
+            for name, part in zip(("training", "test"), parts, strict=True):
+                if not len(part) or (weights is not None and not bool((weights[part] > 0).any())):
+                    raise ValueError(
+                        f"Expected each fold to have {name} samples of positive weight, fold {i} of "
+                        f"{len(self.splits)} has none among {len(part)} of {len(y)} samples: shuffle the folds, or "
+                        "leave out samples without weight."
+                    )
+
     def errors(self, strengths: list[Strength], limit: int, tol: float) -> Any:
         """Mean squared errors on the samples left out, shape (folds, strengths), for falling strengths."""
         design, _ = self.data.design(False)

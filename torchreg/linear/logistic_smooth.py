@@ -104,7 +104,7 @@ class _Smooth:
     def go(self, step: Step, decrement: float) -> bool:
         """Along the step, as far as the objective falls enough. Whether it did."""
         turn = self.problem.design.fitted(step.w) + step.intercept.unsqueeze(1)
-        noise = 4e-16 * max(self.problem.power, self.objective)
+        noise = 2 * self.problem.design.eps * max(self.problem.power, self.objective)
         share = 1.0
         for _ in range(_HALVINGS):
             w, scores = self.w + share * step.w, self.scores + share * turn

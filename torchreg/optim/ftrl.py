@@ -149,7 +149,7 @@ class FTRL(SettlingOptimizer):
                     self._check_table(group, p)
                     check_by_rows(penalty, p)
                 rows, grad = rows_of(p)
-                self._check_told(p, rows)
+                self._check_told(p, rows, grad)
             except (RuntimeError, TypeError, ValueError) as error:
                 name = param_name(group, position)
                 raise type(error)(f"Parameter {name} of group {index} has a sparse gradient: {error}") from None
@@ -194,7 +194,7 @@ class FTRL(SettlingOptimizer):
         if rows is None:
             state["settled_strength"] = state["strength"]
 
-    def _check_told(self, p: Tensor, rows: Rows) -> None:
+    def _check_told(self, p: Tensor, rows: Rows, grads: Tensor) -> None:
         """Raise unless rows are settled before they are read: their gradient is that of other weights."""
         state = self.state.get(p)
         if not self._is_told and state and state["strength"] != state["settled_strength"]:

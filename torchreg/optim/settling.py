@@ -157,7 +157,7 @@ class SettlingOptimizer(PenalizedOptimizer):
                 self._check_table(group, p)
                 strengths = strengths_of(group["penalty"], p, self._form(group))
                 rows, grads = rows_of(p)
-                self._check_told(p, rows)
+                self._check_told(p, rows, grads)
             except (RuntimeError, TypeError, ValueError) as error:
                 name = param_name(group, position)
                 raise type(error)(f"Parameter {name} of group {index} has a sparse gradient: {error}") from None
@@ -222,15 +222,21 @@ class SettlingOptimizer(PenalizedOptimizer):
         put(p, rows, new)
         put(state["settled"], rows, now.expand_as(since))
 
-    def _check_told(self, p: Tensor, rows: Rows) -> None:
-        """Raise if rows were read before they were settled: their gradient is that of other weights."""
+    def _check_told(self, p: Tensor, rows: Rows, grads: Tensor) -> None:
+        """Raise if rows were read before they were settled: their gradient is that of other weights.
+
+        A dense gradient tells that the weight was read in another way than by the hooks of `settle_lookups`.
+        """
         state = self.state.get(p, {})
-        if self._is_told or "settled" not in state:
+        if "settled" not in state or (self._is_told and isinstance(rows, Tensor)):
             return
-        if bool((taken(state["settled"], rows) != _row(state["missed"], p)).any()):
+        is_behind = (taken(state["settled"], rows) != _row(state["missed"], p)).any(1)
+        if isinstance(rows, slice):
+            is_behind &= (grads.flatten(1) != 0).any(1)
+        if bool(is_behind.any()):
             raise RuntimeError(
                 "rows were looked up that had missed steps; call the optimizer's settle_lookups(model) once (again for "
-                "a copy), or its settle(parameter, rows) before rows are read."
+                "a copy), or its settle(parameter, rows) before rows are read in another way, as by a tied layer."
             )
 
     def _check_table(self, group: Mapping[str, Any], p: Tensor) -> None:
