@@ -27,6 +27,13 @@ exclude_patterns = ["_build", "_examples", "gallery"]
 myst_heading_anchors = 3
 default_role = "py:obj"  # `name` in a docstring links to it if it is on a page, and is code otherwise
 
+nitpicky = True  # a name in capitals that is on no page is an error
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn|sklearn|matplotlib)\..*"),  # looking up others' names would take a network
+    ("py:obj", r"[a-z]\w*(=.+)?|copy_X|Xy|\w+\.\w+_"),  # parameters and attributes
+    ("py:obj", r"torchreg(\.[a-z_]+)+"),  # modules
+]
+
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False  # what every penalty or optimizer can do is said once, with the base class
 autodoc_typehints = "none"  # the docstrings say what arguments are, with units

@@ -32,8 +32,18 @@ def _prose(part: str) -> str:
     return re.sub(r"(?<=\w)_(?!\w)", r"\\_", re.sub(r"([|*])", r"\\\1", part))
 
 
+_DATA: dict[str, list[str]] = {}
+
+
 def _process(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     lines[:] = escaped(lines)
+    if what in ("data", "attribute", "property"):
+        _DATA[name] = list(lines)
+
+
+def _restore(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Data as they are described: napoleon takes what stands before a colon for their type."""
+    lines[:] = _DATA.pop(name, lines)
 
 
 def _skip(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
@@ -43,14 +53,21 @@ def _skip(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) 
 
 def _public(app: Any, env: Any, node: Any, content: Any) -> Any:
     """A link for `ProxSGD` in the docstring of another module, where it is not a name of that module."""
-    if node.get("refdomain") != "py" or node["reftarget"].startswith("torchreg."):
+    target = node["reftarget"].removeprefix("torchreg.")
+    short = re.search(r"[A-Z]\w*(\.\w+)?$", target)
+    if node.get("refdomain") != "py" or short is None:
         return None
-    target = f"torchreg.{node['reftarget']}"
-    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+    domain = env.domains["py"]
+    names = [name for name, there in domain.objects.items() if name.endswith(f".{short[0]}") and not there.aliased]
+    names = [name for name in names if name == f"torchreg.{short[0]}"] or names
+    if len(names) != 1:
+        return None
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", names[0], node, content)
 
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _restore, priority=600)  # after napoleon's
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-docstring", _process, priority=400)  # before napoleon's, which adds markup
     app.connect("missing-reference", _public)

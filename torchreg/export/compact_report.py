@@ -16,7 +16,8 @@ class Shrunk:
 
     Attributes:
         name: the first layer that makes them, or the layer that reads them.
-        before, after: how many there are.
+        before: how many there were.
+        after: how many are left.
         layers: the layers whose tensors were cut.
         constant: how many channels that stay are constants: their weights are zero, but not their bias or the shift of
             their norm, and a convolution with zero padding reads them, say. A penalty on all that makes them (see
