@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _get_scalar_dtype
 
 from torchreg import kernels
+from torchreg.kernels import native_rows
 from torchreg.optim.base import (
     ProximalOptimizer,
     check_implementation,
@@ -242,9 +243,17 @@ class ProxAdamW(ProximalOptimizer):
 
     def _metric(self, p: Tensor, rows: Rows, state: Mapping[str, Any]) -> Tensor:
         group = self._group_of(p)
-        squares = state["max_exp_avg_sq" if group["amsgrad"] and "max_exp_avg_sq" in state else "exp_avg_sq"]
-        square, count = arithmetic(taken(squares, rows)), taken(state["row_steps"], rows)
+        square, count = arithmetic(taken(_squares(group, state), rows)), taken(state["row_steps"], rows)
         return inverse_root(square, count, float(group["betas"][1]), group["eps"])
+
+    def _native_metric(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any] | None:
+        if "row_steps" not in state:
+            return None
+        group = self._group_of(p)
+        square, steps = _squares(group, state), state["row_steps"]
+        if not native_rows.takes(p, square, steps):
+            return None
+        return {"scale": square, "steps": steps, "beta2": float(group["betas"][1]), "eps": float(group["eps"])}
 
     def _step_rows(self, table: RowStep, state: dict[str, Any], seed: int | Tensor | None) -> None:
         p = table.p
@@ -335,6 +344,11 @@ def _checked_betas(betas: Any) -> Any:
         if not isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
     return betas
+
+
+def _squares(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+    squares: Tensor = state["max_exp_avg_sq" if group["amsgrad"] and "max_exp_avg_sq" in state else "exp_avg_sq"]
+    return squares
 
 
 def _counter(p: Tensor, group: Mapping[str, Any]) -> Tensor:

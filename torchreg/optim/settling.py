@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg import sharding, unsettled
+from torchreg.kernels import native_rows
 from torchreg.optim.groups import param_name
 from torchreg.optim.hyperparameters import rounding_seed
 from torchreg.optim.lookups import LookupHandle
@@ -36,6 +37,8 @@ class RowStep:
     rows: Rows
     grads: Tensor
     strengths: Strengths
+    entries: native_rows.Entries | None = None
+    """Where the kernel takes the step: which of ``grads`` are whose."""
 
 
 class SettlingOptimizer(PenalizedOptimizer):
@@ -156,13 +159,29 @@ class SettlingOptimizer(PenalizedOptimizer):
             try:
                 self._check_table(group, p)
                 strengths = strengths_of(group["penalty"], p, self._form(group))
-                rows, grads = rows_of(p)
-                self._check_told(p, rows, grads)
+                table = self._native(group, step, p, strengths)
+                if table is None:
+                    rows, grads = rows_of(p)
+                    table = RowStep(group, step, p, rows, arithmetic(grads), strengths)
+                self._check_told(p, table.rows, table.grads)
             except (RuntimeError, TypeError, ValueError) as error:
                 name = param_name(group, position)
                 raise type(error)(f"Parameter {name} of group {index} has a sparse gradient: {error}") from None
-            steps.append(RowStep(group, step, p, rows, arithmetic(grads), strengths))
+            steps.append(table)
         return steps
+
+    def _native(self, group: dict[str, Any], step: Any, p: Tensor, strengths: Strengths) -> RowStep | None:
+        """The step of a table that the compiled kernel takes; None where it can't."""
+        grad = p.grad
+        assert grad is not None
+        if strengths.group or (strengths.l2 and self._form(group) is DIAGONAL) or grad.layout is not torch.sparse_coo:
+            return None
+        indices, values = grad.detach()._indices()[0], grad.detach()._values()
+        state = (t for t in self.state.get(p, {}).values() if isinstance(t, Tensor))
+        if values.dtype != p.dtype or not native_rows.takes(p, values, *state):
+            return None
+        entries = native_rows.entries_of(indices, p.shape[0])
+        return None if entries is None else RowStep(group, step, p, entries.rows, values, strengths, entries)
 
     @torch.no_grad()
     def _take_row_steps(self, steps: list[RowStep], grad_scale: Tensor | None = None) -> None:
@@ -171,20 +190,26 @@ class SettlingOptimizer(PenalizedOptimizer):
             self._be_lazy(p)
             if grad_scale is not None:
                 table.grads = table.grads / grad_scale.to(p.device)
-            self._settle(p, None if isinstance(table.rows, slice) else table.rows)
+            if table.entries is None:
+                self._settle(p, None if isinstance(table.rows, slice) else table.rows)
             keep, length = self._shrinks_by(table)
             if "settled" not in state and (keep != 1 or any(table.strengths)):
                 state["missed"], state["missed_of"] = form.start, list(table.strengths)
                 start = torch.tensor(form.start, dtype=torch.float64, device=p.device)
                 state["settled"] = start.repeat(p.shape[0], 1)
             if "settled" in state:
-                now = Strengths(*state["missed_of"])
-                other = now != table.strengths or len(state["missed"]) != len(form.start)
-                if other or form.must_restart(state["missed"], length, now):
+                before = Strengths(*state["missed_of"])
+                other = before != table.strengths or len(state["missed"]) != len(form.start)
+                if other or form.must_restart(state["missed"], length, before):
                     self._restart(p, form, table.strengths)
-                state["missed"] = form.after(state["missed"], length, keep, table.strengths)
-                at = table.rows if isinstance(table.rows, Tensor) else torch.arange(p.shape[0], device=p.device)
-                state["settled"].index_copy_(0, at, _row(state["missed"], p).expand(len(at), -1))
+                now, state["missed"] = state["missed"], form.after(state["missed"], length, keep, table.strengths)
+                if table.entries is not None:
+                    metric = self._native_metric(p, state) if form is DIAGONAL else None
+                    table.entries.missed = native_rows.missed(
+                        state["settled"], now, table.strengths.l1, metric, state["missed"]
+                    )
+                else:
+                    put(state["settled"], table.rows, _row(state["missed"], p).expand(len(table.grads), -1))
             self._step_rows(table, state, self._rounding(table, state))
 
     def _rounding(self, table: RowStep, state: dict[str, Any]) -> int | Tensor | None:
@@ -212,6 +237,8 @@ class SettlingOptimizer(PenalizedOptimizer):
             self._settle_some(p, slice(start, start + _PIECE), state)
 
     def _settle_some(self, p: Tensor, rows: Rows, state: Mapping[str, Any]) -> None:
+        if isinstance(rows, Tensor) and self._settle_natively(p, rows, state):
+            return
         since, now = taken(state["settled"], rows), _row(state["missed"], p)
         if p.device.type == "cpu" and bool((since == now).all()):
             return
@@ -221,6 +248,17 @@ class SettlingOptimizer(PenalizedOptimizer):
         new = form.settled(w, since, now[0], Strengths(*state["missed_of"]), metric)
         put(p, rows, new)
         put(state["settled"], rows, now.expand_as(since))
+
+    def _settle_natively(self, p: Tensor, rows: Tensor, state: Mapping[str, Any]) -> bool:
+        """Settle rows by the compiled kernel; False where it can't."""
+        l1, l2, group = state["missed_of"]
+        is_uniform = len(state["missed"]) == len(UNIFORM.start)
+        if group or (l2 and not is_uniform) or not native_rows.takes(p, state["settled"]):
+            return False
+        metric = None if is_uniform else self._native_metric(p, state)
+        if not is_uniform and metric is None:
+            return False
+        return native_rows.settle(p, rows.long(), native_rows.missed(state["settled"], state["missed"], l1, metric))
 
     def _check_told(self, p: Tensor, rows: Rows, grads: Tensor) -> None:
         """Raise if rows were read before they were settled: their gradient is that of other weights.
@@ -274,6 +312,10 @@ class SettlingOptimizer(PenalizedOptimizer):
     def _metric(self, p: Tensor, rows: Rows, state: Mapping[str, Any]) -> Tensor:
         """What a step is multiplied by for each weight of these rows, where they are not alike."""
         raise NotImplementedError
+
+    def _native_metric(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the compiled kernel computes `_metric` from; None where it can't."""
+        return None
 
     def _shrinks_by(self, table: RowStep) -> tuple[float, float]:
         """What a step without gradient keeps of a weight before it shrinks it, and the length of that step."""
