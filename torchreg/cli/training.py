@@ -184,8 +184,9 @@ def refit_steps(data: Dataset, settings: Settings) -> int:
 
 @contextmanager
 def _said_elsewhere() -> Iterator[None]:
-    """Leave a target that is missed, and zeros that there are none or too many of, to the table."""
+    """Leave a target that is missed, zeros that there are none or too many of, and divergence to the table."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"At step \d+ .*(finite|the loss is)", RuntimeWarning)
         warnings.filterwarnings("ignore", "The target of|Freezing |No weight is exactly zero", UserWarning)
         yield
 
