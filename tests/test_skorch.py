@@ -107,11 +107,19 @@ def test_a_resumed_fit_ends_with_the_same_weights(route, schedule, how, tmp_path
     assert resumed.regularization_.steps == 18
 
 
+@CASES
 @pytest.mark.parametrize("copied", [lambda net: pickle.loads(pickle.dumps(net)), copy.deepcopy, lambda net: net])
-def test_a_partial_fit_goes_on_also_of_a_copy(copied):
-    half = net(RegularizationCallback(RULES, "hook", warmup), 2).fit(*data())
+def test_a_partial_fit_goes_on_also_of_a_copy(copied, route, schedule):
+    half = net(RegularizationCallback(RULES, route, schedule), 2).fit(*data())
     whole = copied(half).partial_fit(*data(), epochs=1)
-    assert_same(whole.module_, plain("hook", warmup))
+    assert_same(whole.module_, plain(route, schedule))
+    assert_same(copied(whole).partial_fit(*data(), epochs=1).module_, plain(route, schedule, 4))
+
+
+def test_a_second_callback_is_refused():
+    second = ("another", RegularizationCallback({"*.bias": L1(0.1)}))
+    with pytest.raises(ValueError, match="one, as a mapping"):
+        net(RegularizationCallback(RULES), callbacks=[second]).fit(*data())
 
 
 def test_the_strength_is_a_parameter_of_a_grid_search():

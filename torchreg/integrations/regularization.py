@@ -195,6 +195,15 @@ class Regularization:
         self._prepared = regularizer, weakref.ref(made)
         return made
 
+    def adopt(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """For the route ``"proximal"``, let `attach` take an optimizer as it is that a copy of this has made so."""
+        regularizer = self._regularizer(model)
+        if self.route != "proximal" or regularizer is None:
+            raise ValueError(f"Expected the route 'proximal', got {self.route!r}.")
+        for group in optimizer.param_groups:
+            group["strength_scale"] = regularizer.strength_scale
+        self._prepared = regularizer, weakref.ref(optimizer)
+
     def detach(self) -> None:
         """Write the last log, and let go of the optimizers. A proximal one stays so. Twice does no harm.
 

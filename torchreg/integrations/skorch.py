@@ -64,9 +64,15 @@ class RegularizationCallback(_skorch.Callback):  # type: ignore[name-defined]
         return self
 
     def attach(self, net: Any) -> None:
-        """Attach to the optimizer of an initialised net, unless it is attached to it already."""
+        """Attach to the optimizer of an initialised net, unless it is attached to it already.
+
+        Raises:
+            ValueError: if another callback is.
+        """
         old = getattr(net, "regularization_", None)
         if old is not None and old.is_attached_to(net.optimizer_):
+            if old is not getattr(self, "made_", None):
+                raise ValueError("The net has a RegularizationCallback already: give all rules to one, as a mapping.")
             return
         new = Regularization(
             self.rules, route=self.route, schedule=self.schedule, every=self.every, monitor=self.monitor
@@ -75,8 +81,11 @@ class RegularizationCallback(_skorch.Callback):  # type: ignore[name-defined]
             old.detach()
             if not getattr(self, "fresh_", True):  # a copied net goes on
                 new.load_state_dict(old.state_dict())
+                if self.route == "proximal":
+                    new.adopt(net.module_, net.optimizer_)
         found = new.attach(net.module_, [net.optimizer_], writer=self.writer, watch=False)
         (net.optimizer_,), net.regularization_, self.fresh_ = found, new, False
+        self.made_ = new
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         """Attach to the optimizer."""
