@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # A tour of TensorBoard's page in headless Chromium (apt-get install chromium chromium-driver); pictures in runs/tour.
 test-browser: $(VENV)/.browser

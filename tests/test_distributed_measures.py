@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from unittest import mock
 
 import distributed
 import pytest
@@ -170,8 +171,11 @@ def _close(a, b):
 def _targeted(optimizer, of, penalty, sample):
     import torchreg.target
 
-    torchreg.target.SAMPLE = sample
+    with mock.patch.object(torchreg.target, "SAMPLE", sample):  # the process is used again
+        return _reached(optimizer, of, penalty)
 
+
+def _reached(optimizer, of, penalty):
     def found(wrap):
         model = wrap(Model(["l1", "l2"]))
         opt = optimizers(optimizer, torchreg.Regularizer(model, penalty))
