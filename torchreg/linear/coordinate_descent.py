@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels import toolchain
-from torchreg.linear.design import Dense
+from torchreg.linear.design import Dense, Held
 from torchreg.linear.problem import Fit, Problem, Strength, duality_gaps
 from torchreg.linear.solution import Solution
 from torchreg.linear.sparse_design import Sparse
-from torchreg.linear.weighted_columns import DenseColumns
 
 _TARGET = 1e-13  # the relative gap that ends the sweeps
 _FIRST, _FALL = 1e-3, 0.03  # what still counts as a change: at first, and from one check to the next
@@ -162,7 +161,7 @@ class _DenseState(_State):
     def __init__(self, problem: Problem, start: Tensor | None) -> None:
         super().__init__(problem, start)
         assert isinstance(problem.design, Dense)
-        self.columns = DenseColumns(problem.design)
+        self.columns = Held(problem.design)
         self.place = np.full(problem.design.features, -1)
         self.refresh()
 
@@ -175,9 +174,9 @@ class _DenseState(_State):
     def sweep(self, index: Any, strength: Strength, least: float, limit: int) -> int:
         """Sweep over some columns until no prediction changes by more than `least`."""
         new = index[self.place[index] < 0]
-        self.place[new] = np.arange(len(new)) + self.columns.held
+        self.place[new] = np.arange(len(new)) + len(self.columns)
         self.columns.add(torch.from_numpy(new))
-        rows = self.columns.rows()
+        rows = self.columns.rows
         inside = np.flatnonzero(self.place >= 0)
         w = np.empty(len(inside))
         w[self.place[inside]] = self.w[inside]

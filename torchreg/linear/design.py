@@ -147,29 +147,47 @@ class Dense(Design):
         return total
 
 
-class _DenseColumns(Columns):
+class Held:
     """Columns of Z as rows of a buffer that doubles when it is full."""
 
     def __init__(self, design: Dense) -> None:
-        self._design, self._held = design, 0
+        self._design, self._count = design, 0
         self._buffer = torch.empty(0, design.samples, dtype=torch.float64, device=design.device)
 
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def rows(self) -> Tensor:
+        """The columns, (held, n)."""
+        return self._buffer[: self._count]
+
     def add(self, index: Tensor) -> Tensor:
+        """Copy more columns: those, (new, n)."""
         new = self._design.rows(index)
-        start, self._held = self._held, self._held + len(new)
-        if self._held > len(self._buffer):
-            room = min(max(2 * self._held, 128), self._design.features)
+        start, self._count = self._count, self._count + len(new)
+        if self._count > len(self._buffer):
+            room = min(max(2 * self._count, 128), self._design.features)
             grown = self._buffer.new_empty(room, self._design.samples)
             grown[:start] = self._buffer[:start]
             self._buffer = grown
-        self._buffer[start : self._held] = new
-        return (new @ self._buffer[: self._held].T).div_(max(1, self._design.samples))
+        self._buffer[start : self._count] = new
+        return new
+
+
+class _DenseColumns(Columns):
+    def __init__(self, design: Dense) -> None:
+        self._samples, self._held = max(1, design.samples), Held(design)
+
+    def add(self, index: Tensor) -> Tensor:
+        new = self._held.add(index)
+        return (new @ self._held.rows.T).div_(self._samples)
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        return coefficients @ self._buffer[: self._held]
+        return coefficients @ self._held.rows
 
     def correlations(self, residuals: Tensor) -> Tensor:
-        return (residuals @ self._buffer[: self._held].T).div_(max(1, self._design.samples))
+        return (residuals @ self._held.rows.T).div_(self._samples)
 
 
 def inner(x: Tensor) -> Tensor:

@@ -30,10 +30,11 @@ class Solution:
         return w
 
 
-def largest_error(w: Tensor, pull: Tensor, strength: Strength) -> float:
-    """The largest violation of the optimality conditions on the support of w."""
-    off = pull - strength.l1 * torch.sign(w) - strength.l2 * w
-    return float(off[w != 0].abs().max()) if bool((w != 0).any()) else 0.0
+def errors(w: Tensor, pull: Tensor, strength: Strength) -> Tensor:
+    """By how much the optimality conditions are violated on the support of w."""
+    support = w != 0
+    here = w[support]
+    return pull[support] - strength.l1 * torch.sign(here) - strength.l2 * here
 
 
 def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength) -> Tensor | None:
@@ -44,7 +45,7 @@ def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength) -> Tensor
     """
     support = torch.nonzero(w).squeeze(1)
     here = w[support]
-    error = pull[support] - strength.l1 * torch.sign(here) - strength.l2 * here
+    error = errors(w, pull, strength)
     if not len(support) or not float(error.abs().max()) > ACCURATE * float(pull.abs().max()):
         return None
     matrix = gram[support][:, support]

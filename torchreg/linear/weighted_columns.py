@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from torchreg.linear.design import Dense, Design, inner
+from torchreg.linear.design import Dense, Design, Held, inner
 from torchreg.linear.logistic_loss import Curvature
 from torchreg.linear.problem import NOT_FINITE
 from torchreg.linear.sparse_design import Sparse
@@ -74,47 +74,27 @@ def weighted_columns(design: Design) -> WeightedColumns:
     if isinstance(design, Sparse):
         return _SparseColumns(design)
     assert isinstance(design, Dense)
-    return DenseColumns(design)
+    return _DenseColumns(design)
 
 
-class DenseColumns(WeightedColumns):
-    """Columns of Z as rows of a buffer that doubles when it is full."""
-
-    held: int
-    """How many there are."""
-
+class _DenseColumns(WeightedColumns):
     def __init__(self, design: Dense) -> None:
-        self._design, self.held = design, 0
-        self._buffer = torch.empty(0, design.samples, dtype=torch.float64, device=design.device)
+        self._held = Held(design)
 
     def add(self, index: Tensor) -> None:
-        """Copy more columns."""
-        start, self.held = self.held, self.held + len(index)
-        if self.held > len(self._buffer):
-            room = min(max(2 * self.held, 128), self._design.features)
-            grown = self._buffer.new_empty(room, self._design.samples)
-            grown[:start] = self._buffer[:start]
-            self._buffer = grown
-        self._buffer[start : self.held] = self._design.rows(index)
-
-    def rows(self) -> Tensor:
-        """The columns, (held, n)."""
-        return self._buffer[: self.held]
+        self._held.add(index)
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """Sums of all held columns."""
-        return coefficients @ self._buffer[: self.held]
+        return coefficients @ self._held.rows
 
     def correlations(self, slopes: Tensor) -> Tensor:
-        """Inner products with each held column."""
-        return slopes @ self._buffer[: self.held].T
+        return slopes @ self._held.rows.T
 
     def inner(self, first: Tensor, second: Tensor | None, weights: Tensor) -> Tensor:
-        """In blocks of samples."""
-        buffer = self._buffer
+        rows = self._held.rows
 
         def block(index: Tensor, samples: slice) -> Tensor:
-            return buffer[:, samples].index_select(0, index)
+            return rows[:, samples].index_select(0, index)
 
         return _in_blocks(block, first, second, weights)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchreg.linear.descent import descend
 from torchreg.linear.problem import NOT_FINITE, Fit, Problem, Strength, duality_gaps
-from torchreg.linear.solution import ACCURATE, Solution, largest_error, refined
+from torchreg.linear.solution import ACCURATE, Solution, errors, refined
 
 _FEWEST = 100  # columns that may enter at a time
 _CHUNK = 4
@@ -86,7 +86,8 @@ class WorkingSet:
         if finer is None:
             return w
         after = self._columns.correlations(self.residuals(finer.unsqueeze(0)))[0]
-        return finer if largest_error(finer, after, strength) <= largest_error(w, pull, strength) else w
+        worst, was = (float(errors(v, p, strength).abs().max()) for v, p in ((finer, after), (w, pull)))
+        return finer if worst <= was else w
 
 
 class Check:
@@ -181,17 +182,17 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         on_the_way += steps
         (w,), (steps,) = working.solve(w, [stage], limit if stage is strength else _ON_THE_WAY)
         if stage is strength:
-            w = working.refined(w, strength)
-        check = Check(working, [w], [stage])
-        if stage is strength:
             break
+        check = Check(working, [w], [stage])
         before, stage = stage.l1, _next(stage.l1, strength, steps)
-    while check.violated()[0] and steps < limit:
+    while True:
+        w = working.refined(w, strength)
+        check = Check(working, [w], [strength])
+        if not check.violated()[0] or steps >= limit:
+            break
         _enter_violators(working, check, 0)
         (w,), (taken,) = working.solve(w, [strength], limit - steps)
         steps += taken
-        w = working.refined(w, strength)
-        check = Check(working, [w], [strength])
     return Solution(working.index, w, check.gaps()[0], on_the_way + steps)
 
 
