@@ -8,12 +8,16 @@ from example import percent, printed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchreg import L1, ProxAdamW, Proximal, ProxSGD, Regularizer, TargetSparsity
+from torchreg import L1, ProxAdamW, Proximal, ProxSGD, Regularizer, SparsityMonitor, TargetSparsity
 from torchreg.schedules import WarmupStrength
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
 
-from torchreg.integrations.accelerate import AcceleratedRegularization  # noqa: E402
+from torchreg.integrations.accelerate import (  # noqa: E402
+    AcceleratedRegularization,
+    TrackersWriter,
+    WriterTracker,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RULES = {"*.weight": L1(0.03)}
@@ -132,29 +136,112 @@ def test_steps_that_a_grad_scaler_skips_shrink_nothing():
     assert torch.allclose(model[0].weight, before[0] - 0.1 * 0.03 * before[0].sign(), atol=1e-7)
 
 
-def test_all_trackers_get_the_numbers(tmp_path):
-    from accelerate.tracking import GeneralTracker
+def events(folder):
+    """What is logged in a run, which is one folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    class Lines(GeneralTracker):
-        name, requires_logging_directory, lines = "lines", False, []
+    (folder,) = {path.parent for path in folder.rglob("events*")}
+    return EventAccumulator(str(folder)).Reload()
+
+
+def steps_of(run, tag):
+    return [event.step for event in run.Scalars(tag)]
+
+
+def other_tracker():
+    from accelerate.tracking import GeneralTracker
+
+    class Lists(GeneralTracker):
+        name, requires_logging_directory = "lists", False
+
+        def __init__(self):
+            super().__init__()
+            self.lines, self.images, self.tables = [], [], {}
 
         tracker = property(lambda self: self.lines)
 
         def log(self, values, step=None, **kwargs):
             self.lines.append((step, json.loads(json.dumps(values))))
 
-    lines = Lines()
-    acc = accelerator(log_with=["tensorboard", lines], project_dir=str(tmp_path))
+        def log_images(self, values, step=None, **kwargs):
+            self.images += [(step, tag, image.shape) for tag, images in values.items() for image in images]
+
+        def log_table(self, table_name, columns=None, data=None, dataframe=None, step=None, **kwargs):
+            self.tables[table_name] = columns, data
+
+    return Lists()
+
+
+EVERYTHING = {"histograms": True, "images": True, "text": True, "custom_scalars": True}
+
+
+def test_all_trackers_get_the_numbers(tmp_path):
+    lists = other_tracker()
+    acc = accelerator(log_with=["tensorboard", lists], project_dir=str(tmp_path))
     acc.init_trackers("run")
-    _, regularization = train(acc, "groups", every=7, monitor={"histograms": True})
+    _, regularization = train(acc, "groups", every=7, monitor=EVERYTHING)
+    acc.log({"loss": 0.5}, step=18)
     regularization.detach()
     acc.end_training()
-    assert [step for step, _ in lines.lines] == [7, 14, 18]
-    assert {"sparsity/total", "loss/penalty", "threshold/group0"} <= set(lines.lines[0][1])
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert [e.step for e in events.Scalars("sparsity/total")] == [7, 14, 18]
-    assert "weights/0.weight" in events.Tags()["histograms"]
+    *logs, (_, loss), last = lists.lines
+    assert [step for step, _ in [*logs, last]] == [7, 14, 18]
+    assert loss == {"loss": 0.5}
+    assert {"sparsity/total", "loss/penalty", "threshold/group0"} <= set(last[1])
+    assert lists.images[0][:2] == (7, "mask/0.weight")
+    assert lists.images[0][2][2] == 3, "RGB, and the channels last"
+    columns, rows = lists.tables["torchreg/sparsity"]
+    assert columns[0] == "parameter"
+    assert [row[0] for row in rows] == ["total", "0.weight", "2.weight"]
+    run = events(tmp_path)
+    assert steps_of(run, "sparsity/total") == [7, 14, 18]
+    assert steps_of(run, "loss") == [18]
+    assert "weights/0.weight" in run.Tags()["histograms"]
+    assert "mask/0.weight" in run.Tags()["images"]
+    assert "torchreg/sparsity/text_summary" in run.Tags()["tensors"]
+
+
+def test_trackers_may_come_later_and_a_resumed_run_goes_on_in_the_same_one(tmp_path):
+    for half in (0, 1):
+        acc = accelerator(log_with="tensorboard", project_dir=str(tmp_path / "logs"))
+        load = str(tmp_path / "state") if half else None
+        _, regularization = train(acc, "hook", epochs=1, load=load, every=6)
+        acc.init_trackers("run")  # the log of step 6 finds none, and the training goes on
+        for _ in range(2):
+            regularization.monitor.log()
+        acc.save_state(str(tmp_path / "state"))
+        assert acc.get_tracker("tensorboard").writer.log_dir == str(tmp_path / "logs" / "run")
+        regularization.detach()
+        acc.end_training()
+    assert steps_of(events(tmp_path / "logs"), "sparsity/total") == [6, 6, 12, 12]
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_writes(main, monkeypatch):
+    lists = other_tracker()
+    acc = accelerator(log_with=lists)
+    acc.init_trackers("run")
+    monkeypatch.setattr(accelerate.Accelerator, "is_main_process", main)
+    _, regularization = train(acc, "hook", every=3, monitor=EVERYTHING)
+    regularization.detach()
+    assert bool(lists.lines) is bool(lists.images) is bool(lists.tables) is main
+    assert regularization.monitor.report is not None
+
+
+def test_a_bare_monitor_and_the_accelerator_share_a_writer_of_the_users_own(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        acc = accelerator(log_with=WriterTracker(writer))
+        acc.init_trackers("run", config={"lr": 0.1, "name": "a|b"})
+        assert acc.get_tracker("writer", unwrap=True) is writer
+        model = acc.prepare(network())
+        with SparsityMonitor(model, TrackersWriter(acc), every=1, **EVERYTHING) as monitor:
+            monitor.step(torch.tensor(0.25))
+        acc.log({"accuracy": 0.5, "note": "words", "loss": {"train": 1, "test": torch.tensor(2.0)}}, step=1)
+        acc.end_training()
+    run = events(tmp_path)
+    assert {"sparsity/total", "loss/data", "accuracy", "loss/train", "loss/test"} <= set(run.Tags()["scalars"])
+    assert {"config/text_summary", "note/text_summary"} <= set(run.Tags()["tensors"])
 
 
 def test_the_loss_is_logged_where_the_loop_tells_it():

@@ -29,6 +29,17 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
     return f"{table}\n\n… and {left_out} more." if left_out > 0 else table
 
 
+def table_of(text: str) -> tuple[list[str], list[list[str]]]:
+    """The columns and the rows of a table that `markdown` has made.
+
+    >>> table_of(markdown(("parameter", "zeros"), [("0.weight", "12"), ("a|b", "3")]))
+    (['parameter', 'zeros'], [['0.weight', '12'], ['a|b', '3']])
+    """
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    columns, _, *rows = [[cell.strip("`").replace("\\|", "|") for cell in line] for line in lines]
+    return columns, rows
+
+
 def penalties_text(source: Any) -> str | None:
     """Which penalty each parameter of a `Regularizer` has, and why the others have none; None for other sources."""
     assignments = getattr(source, "assignments", None)
