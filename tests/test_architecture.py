@@ -34,6 +34,7 @@ FLOORS = {  # a file imports from its own floor or lower ones, never in a circle
     "torchreg.zeroing": 3,
     "torchreg.schedules": 3,
     "torchreg.support": 3,
+    "torchreg.loss_term": 4,
     "torchreg.hook": 4,
     "torchreg.regularizer": 4,
     "torchreg.optim": 4,

@@ -52,8 +52,8 @@ def value(form: str, weights: list[Tensor], penalty) -> float:
 
 
 def gradients(form: str, weights, outs, penalty, factor, grads=()) -> list[Tensor]:
-    table = PenaltyTable.of(weights, [numbers(penalty)] * len(weights), grads, outs)
-    FORMS[form][0].gradient(table, factor)
+    table = PenaltyTable.of(weights, [numbers(penalty)] * len(weights))
+    FORMS[form][0].gradient(table.writing(grads or [None] * len(outs), outs), factor)
     return outs
 
 
@@ -149,9 +149,9 @@ def test_an_empty_table_is_worth_nothing():
 def test_each_tensor_has_its_own_strengths():
     weights = [torch.full((40,), 2.0), torch.full((300,), -3.0)]
     outs = [torch.empty_like(w) for w in weights]
-    table = PenaltyTable.of(weights, [(0.5, 0.0), (0.0, 0.25)], (), outs)
+    table = PenaltyTable.of(weights, [(0.5, 0.0), (0.0, 0.25)])
     assert native_penalty.value(table) == 0.5 * 80 + 0.25 * 2700
-    native_penalty.gradient(table, 2.0)
+    native_penalty.gradient(table.writing([None, None], outs), 2.0)
     assert bool((outs[0] == 1.0).all())
     assert bool((outs[1] == -3.0).all())
 
@@ -257,6 +257,99 @@ def test_the_loss_term_of_a_large_model_is_taken_in_one_pass_per_dtype(factor, m
         torch.testing.assert_close(a, b)
 
 
+def graded(model: nn.Module) -> list[Tensor]:
+    """The gradients of its parameters: numbers from a generator."""
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+    return [p.grad for p in model.parameters()]
+
+
+def test_a_gradient_that_is_there_is_added_to_in_one_pass_and_stays_the_same_tensor(monkeypatch, spy):
+    model = a_model(**MIXED)
+    reg = Regularizer(model, {"other_.*": L2(0.2), "*": ElasticNet(0.3, 0.1)})
+
+    def sums():
+        grads = graded(model)
+        versions = [g._version for g in grads]
+        (0.7 * reg()).backward()
+        assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+        assert all(g._version > version for g, version in zip(grads, versions, strict=True))
+        return grads
+
+    outs = []
+    monkeypatch.setattr(
+        PenaltyTable, "writing", lambda *args, of=PenaltyTable.writing: outs.append(args[1:]) or of(*args)
+    )
+    ours, theirs = both(monkeypatch, sums)
+    assert spy.taken() == (2, 2)
+    assert all(g is out for grads, written in outs for g, out in zip(grads, written, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def _hooked(p: nn.Parameter, seen: list[Tensor]) -> None:
+    p.register_hook(lambda grad: seen.append(grad.clone()))
+
+
+def _hooked_afterwards(p: nn.Parameter, seen: list[Tensor]) -> None:
+    p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+
+
+@pytest.mark.parametrize("hook", [_hooked, _hooked_afterwards])
+def test_hooks_see_the_gradients_of_the_loss_term(hook, monkeypatch):
+    def seen():
+        model, saw = a_model(), []
+        grads = graded(model)
+        hook(model["single_"].weight, saw)
+        Regularizer(model, L1(0.3))().backward()
+        return [*saw, *grads]
+
+    ours, theirs = both(monkeypatch, seen)
+    assert len(ours) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_that_are_asked_for_are_returned_and_no_others_change(monkeypatch):
+    def asked():
+        model = a_model(one=torch.float32, two=torch.float32)
+        grads = graded(model)
+        reg = Regularizer(model, L1(0.3))
+        returned = torch.autograd.grad(reg(), model["one"].weight)
+        torch.autograd.backward(reg(), inputs=[model["two"].weight])
+        recorded = torch.autograd.grad(reg(), model["one"].weight, create_graph=True)
+        reg().backward(create_graph=True)
+        return [g.detach() for g in (*returned, *recorded, *(p.grad for p in model.parameters()), *grads)]
+
+    with pytest.warns(UserWarning, match="create_graph"):
+        ours, theirs = both(monkeypatch, asked)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["other layout", "sparse", "needs a gradient", "data moved"])
+def test_unusual_gradients_and_weights_are_left_to_autograd(kind, monkeypatch):
+    def sums():
+        w = nn.Parameter(torch.randn(LARGE, LARGE, generator=torch.Generator().manual_seed(0)))
+        model = nn.Module()
+        model.weight = w
+        w.grad = torch.ones(LARGE, LARGE)
+        if kind == "other layout":
+            w.grad = torch.ones(LARGE, 2 * LARGE)[:, ::2]
+        elif kind == "sparse":
+            w.grad = torch.sparse_coo_tensor([[1], [2]], [3.0], (LARGE, LARGE))
+        elif kind == "needs a gradient":
+            w.grad = torch.ones(LARGE, LARGE, requires_grad=True)
+        term = Regularizer(model, {w: L1(0.3)})()
+        if kind == "data moved":
+            w.data = w.data.clone()
+        term.backward()
+        return w.grad.detach().to_dense()
+
+    torch.testing.assert_close(*both(monkeypatch, sums))
+
+
 def test_the_value_has_the_eager_forms_dtype(monkeypatch):
     for names in (["single_"], ["double_"], ["half_", "single_"], ["single_", "double_"], ["single_", "complex_"]):
         reg = Regularizer(a_model(**{name: MIXED[name] for name in names}), L1(0.1))
@@ -325,23 +418,23 @@ UNFIT = {
 @pytest.mark.parametrize("make", UNFIT.values(), ids=UNFIT)
 def test_what_kernels_do_not_know_goes_to_the_penalty(make, spy):
     penalty, w = make(torch.randn(LARGE, LARGE))
-    torch.testing.assert_close(penalties.total_value([penalty], [w]), penalty.value(w))
+    torch.testing.assert_close(penalties.PenaltySum([penalty], [w]).value([w]), penalty.value(w))
     expected = (0.5 * penalty.grad(w.float() if w.dtype == torch.bfloat16 else w)).to(w.dtype)
-    (ours,) = penalties.gradients([penalty], [w], 0.5)
+    (ours,) = penalties.PenaltySum([penalty], [w]).gradients([w], 0.5, [None])
     torch.testing.assert_close(ours, expected)
     assert spy.taken() == (0, 0)
 
 
 def test_the_switch_and_transforms_leave_the_eager_form(monkeypatch, spy):
     w = torch.randn(LARGE, LARGE)
-    torch.func.grad(lambda x: penalties.total_value([L1(0.1)], [x]))(w)
-    torch.func.vmap(lambda x: penalties.total_value([L1(0.1)], [x]))(w.expand(2, LARGE, LARGE))
+    torch.func.grad(lambda x: penalties.PenaltySum([L1(0.1)], [x]).value([x]))(w)
+    torch.func.vmap(lambda x: penalties.PenaltySum([L1(0.1)], [x]).value([x]))(w.expand(2, LARGE, LARGE))
     assert spy.taken() == (0, 0)
     for cached in (native_penalty.unavailable, native_penalty._library, toolchain.library):
         cached.cache_clear()
     monkeypatch.setenv(toolchain.SWITCH, "0")
     try:
-        torch.testing.assert_close(penalties.total_value([L1(0.1)], [w]), L1(0.1).value(w))
+        torch.testing.assert_close(penalties.PenaltySum([L1(0.1)], [w]).value([w]), L1(0.1).value(w))
         assert native_penalty.unavailable() == "switched off by TORCHREG_NATIVE=0"
     finally:
         monkeypatch.undo()

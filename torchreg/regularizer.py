@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torchreg import kernels, sharding, tables, unsettled
 from torchreg.assignments import Assignment, by_rule, check_current, outdated, shape_text, strengths_text
 from torchreg.hook import PenaltyHandle, check_gradients
-from torchreg.penalties import Penalty, sharded
+from torchreg.loss_term import PenaltyTerm, ShardedPenaltyTerm
+from torchreg.penalties import Penalty
 from torchreg.penalties.base import checked_strength, host_scalar
 from torchreg.rules import Rules, assign
 
@@ -118,8 +119,8 @@ class Regularizer(nn.Module):
     def forward(self) -> Tensor:
         """The penalty ``scale·Σ R(w)`` of all penalised parameters, a real 0-d tensor: add it to the loss.
 
-        Its backward computes one gradient per weight and nothing else of the model's size. To maximise an
-        objective, subtract it.
+        Its backward computes one gradient per weight and nothing else of the model's size; on the CPU it adds to
+        gradients that are there in one pass. To maximise an objective, subtract it.
 
         Raises:
             ValueError: if a penalty has no gradient (`L0`, constraints). Under ``torch.no_grad()`` the value of all
@@ -143,8 +144,10 @@ class Regularizer(nn.Module):
         strengths = [s for penalty in {id(p): p for p in penalties}.values() for s in penalty.strengths().values()]
         learned = any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
         if learned or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return kernels.total_value(penalties, weights) * scale  # autograd records, and a compiler fuses
-        return _PenaltyTerm.apply(penalties, scale, *weights)
+            return (
+                kernels.PenaltySum(penalties, weights).value(weights) * scale
+            )  # autograd records, and a compiler fuses
+        return PenaltyTerm.apply(penalties, scale, *weights)
 
     def _joint_value(self) -> Tensor:
         """The penalty where some of them take all weights of a rule together."""
@@ -162,7 +165,7 @@ class Regularizer(nn.Module):
         strengths = [s for penalty, _ in rules for s in penalty.strengths().values()]
         if torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in strengths):
             raise ValueError("Strengths can't be learned where parameters are sharded over processes.")
-        return _ShardedTerm.apply(rules, self.strength_scale, *(p for _, weights in rules for p in weights))
+        return ShardedPenaltyTerm.apply(rules, self.strength_scale, *(p for _, weights in rules for p in weights))
 
     def attach(self, optimizer: Optimizer) -> PenaltyHandle:
         """Add the penalty's gradient inside ``optimizer.step()``, whatever the training loop does before.
@@ -238,42 +241,6 @@ _FLAT = (
     "FullyShardedDataParallel holds the parameters as shares of one flat vector, of which no loss term can be made: "
     "use reg.param_groups() or attach(), or shard by torch.distributed.fsdp.fully_shard."
 )
-
-
-class _PenaltyTerm(torch.autograd.Function):
-    """Σ scale·R(w): the forward pass keeps only the weights, the backward pass makes one gradient for each."""
-
-    @staticmethod
-    def forward(ctx: Any, penalties: list[Penalty], scale: float | Tensor, *weights: Tensor) -> Tensor:
-        ctx.penalties, ctx.scale = penalties, scale
-        ctx.save_for_backward(*weights)
-        return kernels.total_value(penalties, weights) * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return None, None, *kernels.gradients(ctx.penalties, ctx.saved_tensors, grad_output * ctx.scale)
-
-
-class _ShardedTerm(torch.autograd.Function):
-    """As `_PenaltyTerm`, for weights that are spread over processes: each makes the gradients of its parts."""
-
-    @staticmethod
-    def forward(ctx: Any, rules: list[tuple[Penalty, list[Tensor]]], scale: Tensor, *weights: Tensor) -> Tensor:
-        ctx.rules, ctx.scale = rules, scale
-        ctx.save_for_backward(*weights)
-        value = sharded.value_all(rules)
-        return value * scale.to(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        saved = iter(ctx.saved_tensors)  # raises if a weight has been changed
-        rules = [(penalty, [next(saved) for _ in weights]) for penalty, weights in ctx.rules]
-        grads = []
-        for (_, weights), pulls in zip(rules, sharded.grad_all(rules), strict=True):
-            for p, pull in zip(weights, pulls, strict=True):
-                factor = grad_output.to(pull.device) * ctx.scale.to(pull.device)
-                grads.append(sharding.sharded_like((pull * factor.to(pull.real.dtype)).to(p.dtype), p))
-        return None, None, *grads
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Module | None]]]:

@@ -14,7 +14,7 @@ from torchreg.kernels import selection
 from torchreg.kernels import tiled as _tiled
 from torchreg.kernels.adam import prox_adam
 from torchreg.kernels.fused import FusedSteps
-from torchreg.kernels.penalties import added_gradients, gradients, total_value
+from torchreg.kernels.penalties import PenaltySum, added_gradients
 from torchreg.kernels.plan import COUNTS, Part
 from torchreg.kernels.problem import AdamStep, AdamTensors, SGDStep, SGDTensors, Update
 from torchreg.kernels.proximal import shrink, shrink_sharded
@@ -27,16 +27,15 @@ __all__ = [
     "AdamStep",
     "AdamTensors",
     "FusedSteps",
+    "PenaltySum",
     "SGDStep",
     "SGDTensors",
     "Update",
     "added_gradients",
-    "gradients",
     "proximal_step",
     "selection",
     "shrink",
     "shrink_sharded",
-    "total_value",
 ]
 
 

@@ -6,7 +6,7 @@ after tensor, are the specification and do all the rest. The choice between them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,30 +27,72 @@ Fused = dict[tuple[torch.device, torch.dtype], list[int]]
 """For each device and dtype, the positions of the weights that one pass takes."""
 
 
-def total_value(penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> Tensor:
-    """Σ R(w) over all weights, a real 0-d tensor on the device of the first."""
-    numbers = _all_numbers(penalties)
-    fused, alone = _arranged(numbers, weights)
-    values = [penalties[i].value(weights[i]) for i in alone]
-    for (device, dtype), chosen in fused.items():
-        table = PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
-        if device.type == "cpu":
-            values.append(torch.tensor(native_penalty.value(table), dtype=dtype, device=device))
-        else:
-            values.append(triton_penalty.value(table))
-    total = values[0].to(device=weights[0].device)
-    for value in values[1:]:
-        total = total + value.to(device=total.device)
-    return total
+class PenaltySum:
+    """Σ R(w) over many weights: its value, and its gradients at all of them.
 
+    Args:
+        penalties: R of every weight.
+        weights: the weights w. What is found out about them is kept, they are not.
+    """
 
-def gradients(penalties: Sequence[Penalty], weights: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """``factor·∇R(w)`` for every weight. Differentiable where autograd records."""
+    def __init__(self, penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> None:
+        self._penalties = penalties
+        numbers = _all_numbers(penalties)
+        self._fused, self._alone = _arranged(numbers, weights)
+        self._tables = [
+            PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
+            for chosen in self._fused.values()
+        ]
 
-    def eager(i: int) -> Tensor:
-        return _gradient(penalties[i], weights[i], factor).to(weights[i].dtype)
+    def value(self, weights: Sequence[Tensor]) -> Tensor:
+        """Σ R(w), a real 0-d tensor on the device of the first weight."""
+        values = [self._penalties[i].value(weights[i]) for i in self._alone]
+        for table in self._tables:
+            if table.device.type == "cpu":
+                values.append(torch.tensor(native_penalty.value(table), dtype=table.dtype, device=table.device))
+            else:
+                values.append(triton_penalty.value(table))
+        total = values[0].to(device=weights[0].device)
+        for value in values[1:]:
+            total = total + value.to(device=total.device)
+        return total
 
-    return _each(penalties, weights, (), factor, eager)
+    def gradients(
+        self, weights: Sequence[Tensor], factor: float | Tensor, into: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """``factor·∇R(w)`` for every weight. Differentiable where autograd records.
+
+        Args:
+            weights: the weights w, with the values that they had.
+            factor: a number, or a tensor with one.
+            into: for every weight a tensor on the CPU that its gradient may be added to in place, or None. Where one
+                pass over memory does so, the result is None.
+        """
+        if not self._still_holds(weights, factor):
+            return PenaltySum(self._penalties, weights).gradients(weights, factor, into)
+        results: dict[int, Tensor | None] = {
+            i: _gradient(self._penalties[i], weights[i], factor).to(weights[i].dtype) for i in self._alone
+        }
+        changed: list[Tensor] = []
+        for chosen, table in zip(self._fused.values(), self._tables, strict=True):
+            sums = {i: t for i in chosen if (t := into[i]) is not None and _is_like(t, weights[i])}
+            outs = [sums[i] if i in sums else torch.empty_like(weights[i]) for i in chosen]
+            _write(table.writing([sums.get(i) for i in chosen], outs), factor)
+            results.update((i, None if i in sums else out) for i, out in zip(chosen, outs, strict=True))
+            changed += sums.values()
+        torch.autograd.graph.increment_version(changed)
+        return [results[i] for i in range(len(weights))]
+
+    def _still_holds(self, weights: Sequence[Tensor], factor: float | Tensor) -> bool:
+        """Whether the weights that one pass takes are where they were, and nothing records what is done to them."""
+        if not self._fused:
+            return True
+        if _is_traced() or (torch.is_grad_enabled() and _recorded([*weights, factor])):
+            return False
+        return all(
+            table.is_of([weights[i] for i in chosen])
+            for chosen, table in zip(self._fused.values(), self._tables, strict=True)
+        )
 
 
 def added_gradients(
@@ -58,10 +100,15 @@ def added_gradients(
 ) -> list[Tensor]:
     """``grad + factor·∇R(w)`` for every weight, as new tensors; half-precision ones are added in float32."""
 
-    def eager(i: int) -> Tensor:
-        return _gradient(penalties[i], weights[i], factor).add_(grads[i]).to(grads[i].dtype)
-
-    return _each(penalties, weights, grads, factor, eager)
+    numbers = _all_numbers(penalties)
+    fused, alone = _arranged(numbers, weights, grads, factor)
+    results = {i: _gradient(penalties[i], weights[i], factor).add_(grads[i]).to(grads[i].dtype) for i in alone}
+    for chosen in fused.values():
+        table = PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
+        outs = [torch.empty_like(weights[i]) for i in chosen]
+        _write(table.writing([grads[i] for i in chosen], outs), factor)
+        results.update(zip(chosen, outs, strict=True))
+    return [results[i] for i in range(len(weights))]
 
 
 def shrinkage(penalty: Penalty | None, step: float | Tensor) -> tuple[float, float] | None:
@@ -79,28 +126,11 @@ def _gradient(penalty: Penalty, w: Tensor, factor: float | Tensor) -> Tensor:
     return grad * factor if torch.is_grad_enabled() else grad.mul_(factor)
 
 
-def _each(
-    penalties: Sequence[Penalty],
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    factor: float | Tensor,
-    eager: Callable[[int], Tensor],
-) -> list[Tensor]:
-    """A new tensor for every weight: written in one pass where that can be, else ``eager``'s."""
-    numbers = _all_numbers(penalties)
-    fused, alone = _arranged(numbers, weights, grads, factor)
-    results = {i: eager(i) for i in alone}
-    for (device, _), chosen in fused.items():
-        outs = [torch.empty_like(weights[i]) for i in chosen]
-        table = PenaltyTable.of(
-            [weights[i] for i in chosen], _strengths(numbers, chosen), [grads[i] for i in chosen if grads], outs
-        )
-        if device.type == "cpu":
-            native_penalty.gradient(table, float(factor))
-        else:
-            triton_penalty.gradient(table, factor)
-        results.update(zip(chosen, outs, strict=True))
-    return [results[i] for i in range(len(weights))]
+def _write(table: PenaltyTable, factor: float | Tensor) -> None:
+    if table.device.type == "cpu":
+        native_penalty.gradient(table, float(factor))
+    else:
+        triton_penalty.gradient(table, factor)
 
 
 def _arranged(
@@ -110,7 +140,7 @@ def _arranged(
     factor: float | Tensor = 1.0,
 ) -> tuple[Fused, list[int]]:
     """Which weights one pass takes, per device and dtype, and which it does not take."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _is_traced():
         return {}, list(range(len(weights)))
     if torch.is_grad_enabled() and _recorded([*weights, *grads, factor]):
         return {}, list(range(len(weights)))
@@ -125,6 +155,10 @@ def _arranged(
     if len(fused) != len(kinds):
         alone = sorted(alone + [i for kind, chosen in kinds.items() if kind not in fused for i in chosen])
     return fused, alone
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _pays(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:

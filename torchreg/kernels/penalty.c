@@ -18,6 +18,9 @@ enum {
     AHEAD = 16384 /* bytes */
 };
 
+/* What becomes of a gradient: written alone, written with another added, or added into what is there. */
+enum Sum { ALONE, BESIDE, INTO };
+
 typedef struct {
     const int64_t *w, *g, *out, *size; /* per tensor: addresses and elements; g may be 0 */
     const double *l1, *l2;             /* per tensor */
@@ -68,14 +71,14 @@ static inline __attribute__((always_inline)) void NAME(sums)(
         for (int j = 0; j < LANES; j++) {
             const double x = w[i + j];
             if (absolute)
-                lane[j] += x < 0 ? -x : x;
+                lane[j] += __builtin_fabs(x);
             if (squared)
                 square[j] += x * x;
         }
     }
     for (; i < n; i++) {
         const double x = w[i];
-        lane[0] += x < 0 ? -x : x;
+        lane[0] += __builtin_fabs(x);
         square[0] += x * x;
     }
     for (int j = 0; j < LANES; j++) {
@@ -96,9 +99,10 @@ static double NAME(piece_value)(const T *w, int64_t n, double l1, double l2)
     return (l1 != 0 ? l1 * total : 0) + (l2 != 0 ? l2 * squares : 0); /* 0 * inf is NaN */
 }
 
+/* Where the gradient is added to what is in out already, g is none. */
 static inline __attribute__((always_inline)) void NAME(block)(
     T *restrict out, const T *restrict w, const T *restrict g, int64_t n, T l1, T doubled_l2, T factor,
-    const int absolute, const int squared, const int added)
+    const int absolute, const int squared, const enum Sum sum)
 {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
@@ -107,28 +111,28 @@ static inline __attribute__((always_inline)) void NAME(block)(
         if (squared)
             slope = absolute ? slope + doubled_l2 * x : doubled_l2 * x;
         slope = slope * factor;
-        out[i] = added ? slope + g[i] : slope;
+        out[i] = sum == ALONE ? slope : slope + (sum == BESIDE ? g[i] : out[i]);
     }
 }
 
 static inline __attribute__((always_inline)) void NAME(blocks)(
     T *restrict out, const T *w, const T *g, int64_t n, T l1, T doubled_l2, T factor, int streams, const int absolute,
-    const int squared, const int added)
+    const int squared, const enum Sum sum)
 {
     T buffer[BLOCK] __attribute__((aligned(LINE)));
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
         fetch(w + i, BLOCK * sizeof(T));
-        if (added)
-            fetch(g + i, BLOCK * sizeof(T));
-        const T *gi = added ? g + i : 0;
-        if (streams) {
-            NAME(block)(buffer, w + i, gi, BLOCK, l1, doubled_l2, factor, absolute, squared, added);
+        if (sum != ALONE)
+            fetch((sum == BESIDE ? g : out) + i, BLOCK * sizeof(T));
+        const T *gi = sum == BESIDE ? g + i : 0;
+        if (sum != INTO && streams) {
+            NAME(block)(buffer, w + i, gi, BLOCK, l1, doubled_l2, factor, absolute, squared, sum);
             stream(out + i, buffer, BLOCK * sizeof(T));
         } else
-            NAME(block)(out + i, w + i, gi, BLOCK, l1, doubled_l2, factor, absolute, squared, added);
+            NAME(block)(out + i, w + i, gi, BLOCK, l1, doubled_l2, factor, absolute, squared, sum);
     }
-    NAME(block)(out + i, w + i, added ? g + i : 0, n - i, l1, doubled_l2, factor, absolute, squared, added);
+    NAME(block)(out + i, w + i, sum == BESIDE ? g + i : 0, n - i, l1, doubled_l2, factor, absolute, squared, sum);
 #ifdef __SSE2__
     if (streams)
         _mm_sfence();
@@ -138,20 +142,22 @@ static inline __attribute__((always_inline)) void NAME(blocks)(
 static void NAME(piece_gradient)(
     T *out, const T *w, const T *g, int64_t n, T l1, T doubled_l2, T factor, int streams)
 {
-#define BLOCKS(absolute, squared, added) \
-    NAME(blocks)(out, w, g, n, l1, doubled_l2, factor, streams, absolute, squared, added)
-    if (g && l1 != 0 && doubled_l2 != 0)
-        BLOCKS(1, 1, 1);
-    else if (g && l1 != 0)
-        BLOCKS(1, 0, 1);
-    else if (g)
-        BLOCKS(0, 1, 1);
-    else if (l1 != 0 && doubled_l2 != 0)
-        BLOCKS(1, 1, 0);
-    else if (l1 != 0)
-        BLOCKS(1, 0, 0);
-    else
-        BLOCKS(0, 1, 0);
+#define BLOCKS(absolute, squared, sum) NAME(blocks)(out, w, g, n, l1, doubled_l2, factor, streams, absolute, squared, sum)
+#define SUMS(sum) \
+    if (l1 != 0 && doubled_l2 != 0) \
+        BLOCKS(1, 1, sum); \
+    else if (l1 != 0) \
+        BLOCKS(1, 0, sum); \
+    else \
+        BLOCKS(0, 1, sum)
+    if (g && g == out) {
+        SUMS(INTO);
+    } else if (g) {
+        SUMS(BESIDE);
+    } else {
+        SUMS(ALONE);
+    }
+#undef SUMS
 #undef BLOCKS
 }
 
@@ -170,9 +176,10 @@ void NAME(value)(const Table *table, int64_t from, int64_t to)
     }
 }
 
+/* Backwards: the weights that the value was of at last are still in the cache. */
 void NAME(gradient)(const Table *table, int64_t from, int64_t to)
 {
-    for (int64_t i = from; i < to; i++) {
+    for (int64_t i = to - 1; i >= from; i--) {
         const int64_t tensor = table->owner[i], start = table->start[i];
         T *out = (T *)table->out[tensor] + start;
         const T *w = (const T *)table->w[tensor] + start;

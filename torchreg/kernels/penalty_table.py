@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,19 +35,25 @@ class PenaltyTable:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls,
-        weights: Sequence[Tensor],
-        strengths: Sequence[tuple[float, float]],
-        grads: Sequence[Tensor] = (),
-        outs: Sequence[Tensor] = (),
-    ) -> PenaltyTable:
-        """The table of these tensors, which must outlive it. All are laid out alike, each like its weight."""
+    def of(cls, weights: Sequence[Tensor], strengths: Sequence[tuple[float, float]]) -> PenaltyTable:
+        """The table of these tensors, which must outlive it."""
         sizes = tuple(map(Tensor.numel, weights))
         table = np.zeros((len(ROWS), len(weights)), dtype=np.int64)
-        for row, tensors in enumerate((weights, grads, outs)):
-            if tensors:
-                table[row] = list(map(Tensor.data_ptr, tensors))
+        table[ROWS.index("w")] = list(map(Tensor.data_ptr, weights))
         table[ROWS.index("size")] = sizes
         numbers = np.array(strengths, dtype=np.float64).reshape(-1, len(STRENGTHS)).T.copy()
         return cls(weights[0].device, weights[0].dtype, table, numbers, sizes)
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        """Whether it tells where these weights are."""
+        return self.table[ROWS.index("w")].tolist() == list(map(Tensor.data_ptr, weights))
+
+    def writing(self, grads: Sequence[Tensor | None], outs: Sequence[Tensor]) -> PenaltyTable:
+        """A copy that says what is added and where the results go, each laid out like its weight.
+
+        A gradient may be None; one that is its ``out`` is added to in place.
+        """
+        table = self.table.copy()
+        table[ROWS.index("g")] = [0 if t is None else t.data_ptr() for t in grads]
+        table[ROWS.index("out")] = list(map(Tensor.data_ptr, outs))
+        return dataclasses.replace(self, table=table)
