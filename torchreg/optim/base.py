@@ -128,8 +128,9 @@ class ProximalOptimizer(SettlingOptimizer):
             if step.differentiable and i in spread:
                 raise RuntimeError("`differentiable` can't be had for parameters that are sharded over processes.")
         tables: list[RowStep] = []
-        for i, step in enumerate(steps):
-            tables += self._tables(self.param_groups[i], i, step)
+        for i, (group, step) in enumerate(zip(self.param_groups, steps, strict=True)):
+            if len(origins[i]) < len(group["params"]):
+                tables += self._tables(group, i, step)
         whole = {i for i, step in enumerate(steps) if step.penalty is not None and self._is_apart(step.penalty)}
         counts = any(map(_rounds, self.param_groups))
         offset, parts = 0, []
@@ -246,8 +247,7 @@ class ProximalOptimizer(SettlingOptimizer):
 
         Not named ``_init_group`` as in torch: torch.compile calls a method of that name instead of tracing it.
         """
-        params = self._with_gradients(group, index, self._is_sparse)
-        return self._update.tensors(params, [p.grad for p in params if p.grad is not None])  # all have one
+        return self._update.tensors(*self._with_gradients(group, index, self._lazy))
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         """Raise unless a fused step can be had for every parameter of a group that asks for it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -92,26 +92,34 @@ class PenalizedOptimizer(Optimizer):
         """Called with what has just been loaded."""
 
     def _with_gradients(
-        self, group: Mapping[str, Any], index: int, apart: Callable[[Tensor], bool] | None = None
-    ) -> list[Tensor]:
-        """The parameters that have a gradient, but for those that are taken ``apart``.
+        self, group: Mapping[str, Any], index: int, by_rows: Container[int] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient, and their gradients.
+
+        Args:
+            group: the param group.
+            index: which it is.
+            by_rows: left out are parameters of these ids and those with a gradient of rows; None where there are none.
 
         Raises:
             TypeError: if one of the gradients is sparse.
         """
-        params, dense = [], torch.strided
+        params, grads, dense = [], [], torch.strided
         for position, p in enumerate(group["params"]):
             grad = p.grad
-            if grad is None or (apart is not None and apart(p)):
+            if grad is None or (by_rows and id(p) in by_rows):
                 continue
             if grad.layout is not dense:
+                if by_rows is not None and grad.layout is torch.sparse_coo:
+                    continue
                 name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
                 raise TypeError(
                     f"{type(self).__name__} needs dense gradients, but the one of parameter {name} (shape "
                     f"{tuple(p.shape)}) is {grad.layout}; build its embedding with sparse=False."
                 )
             params.append(p)
-        return params
+            grads.append(grad)
+        return params, grads
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raise unless the hyperparameters make sense."""

@@ -149,7 +149,7 @@ class RMDA(PenalizedOptimizer):
         chosen = []
         for i, group in enumerate(self.param_groups):  # may raise: before any change
             self._check_group(group)
-            chosen.append((group, usable_penalty(group), self._with_gradients(group, i)))
+            chosen.append((group, usable_penalty(group), self._with_gradients(group, i)[0]))
         for group, penalty, params in chosen:
             if penalty is not None:
                 self._check_steps(group, penalty, params)
