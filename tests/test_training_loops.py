@@ -5,105 +5,27 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from feature_cases import (
+    FEATURES,
+    PENALTIES,
+    STEPS,
+    assert_same,
+    batch,
+    data_loss,
+    features,
+    network,
+    penalties,
+    small,
+    trained,
+    ways,
+    whole,
+)
 from torch import nn
 
 import torchreg
-from torchreg import L1, RMDA, GroupLasso, ProxAdamW, Proximal, ProxSGD, TargetSparsity
+from torchreg import L1, SparsityMonitor
 
-PENALTIES = {"L1": L1(2e-2), "GroupLasso": GroupLasso(2e-2, "rows")}
-STEPS = 6
 OVERFLOWING = 3
-
-
-def no_term():
-    return 0.0
-
-
-class Writer:
-    def __init__(self):
-        self.written = []
-
-    def add_scalar(self, tag, value, step):
-        self.written.append(value)
-
-
-class Part:
-    """A feature in a training: its optimizer, its part of the loss, what it does after a step, what it ends with."""
-
-    def __init__(self, optimizer, term=no_term, after_step=lambda: None, found=list):
-        self.optimizer, self.term, self.after_step, self.found = optimizer, term, after_step, found
-
-
-def loss_term(reg):
-    return Part(torch.optim.SGD(reg.model.parameters(), lr=0.1, momentum=0.9), term=reg)
-
-
-def hook(reg):
-    optimizer = torch.optim.SGD(reg.model.parameters(), lr=0.1, momentum=0.9)
-    reg.attach(optimizer)
-    return Part(optimizer)
-
-
-def prox_sgd(reg):
-    return Part(ProxSGD(reg.param_groups(), lr=0.1, momentum=0.9))
-
-
-def prox_adamw(reg):
-    return Part(ProxAdamW(reg.param_groups(), lr=1e-2, weight_decay=0))
-
-
-def proximal(reg):
-    return Part(Proximal(torch.optim.RMSprop(reg.param_groups(), lr=1e-2)))
-
-
-def rmda(reg):
-    return Part(RMDA(reg.param_groups(), lr=0.1, momentum=0.5))
-
-
-def target_sparsity(reg):
-    optimizer = ProxSGD(reg.param_groups(), lr=0.1)
-    target = TargetSparsity(optimizer, 0.5, until=4)
-    return Part(optimizer, after_step=target.step, found=lambda: [float(reg.strength_scale)])
-
-
-def sparsity_monitor(reg):
-    optimizer = ProxSGD(reg.param_groups(), lr=0.1)
-    alone = not dist.is_initialized() or dist.get_rank() == 0
-    writer = Writer() if alone else None
-    monitor = torchreg.SparsityMonitor(reg, writer, every=1, optimizer=optimizer)
-    return Part(optimizer, after_step=monitor.step, found=lambda: [monitor.close(), writer.written][1] if alone else [])
-
-
-def freeze_zeros(reg):
-    with torch.no_grad():
-        for _, p, _ in reg.penalized():
-            p[::2] = 0
-    torchreg.freeze_zeros(reg)
-    return Part(torch.optim.Adam(reg.model.parameters(), lr=0.1))
-
-
-FEATURES = {
-    "loss term": loss_term,
-    "hook": hook,
-    "ProxSGD": prox_sgd,
-    "ProxAdamW": prox_adamw,
-    "Proximal": proximal,
-    "RMDA": rmda,
-    "TargetSparsity": target_sparsity,
-    "SparsityMonitor": sparsity_monitor,
-    "freeze_zeros": freeze_zeros,
-}
-features = pytest.mark.parametrize("feature", FEATURES)
-penalties = pytest.mark.parametrize("penalty", PENALTIES)
-
-
-def data_loss(model, x, y):
-    return (model(x) - y).square().mean()
-
-
-def whole(part, model, x, y):
-    (data_loss(model, x, y) + part.term()).backward()
-    part.optimizer.step()
 
 
 def accumulated(part, model, x, y):
@@ -115,32 +37,6 @@ def accumulated(part, model, x, y):
 def own_share(part, model, x, y):
     share = slice(dist.get_rank(), None, dist.get_world_size())
     whole(part, model, x[share], y[share])
-
-
-def trained(feature, penalty, step=whole, wrap=lambda model: model, skipped=None):
-    """The weights after some steps, and what the feature ends with."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    wrapped = wrap(model)
-    reg = torchreg.Regularizer(wrapped, PENALTIES[penalty])
-    reg.model = model
-    part = FEATURES[feature](reg)
-    for i in range(STEPS):
-        generator = torch.Generator().manual_seed(i)
-        x, y = (torch.randn(8, width, generator=generator, dtype=torch.float64) for width in (6, 3))
-        part.optimizer.zero_grad()
-        if i == skipped:
-            continue
-        if step(part, wrapped, x, y) is not False:
-            part.after_step()
-    return [p.detach().clone() for p in model.parameters()], part.found()
-
-
-def assert_same(one, other):
-    for a, b in zip(one[0], other[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-        assert torch.equal(a == 0, b == 0)
-    assert one[1] == pytest.approx(other[1], rel=1e-6, abs=1e-9)
 
 
 @features
@@ -177,21 +73,89 @@ def test_a_compiled_model_trains_alike(feature, penalty):
     assert_same(trained(feature, penalty, wrap=compiled), trained(feature, penalty))
 
 
-def _replicated():
-    ways = [(feature, penalty) for feature in FEATURES for penalty in PENALTIES]
-    return {way: trained(*way, step=own_share, wrap=nn.parallel.DistributedDataParallel) for way in ways}
+@pytest.mark.parametrize("feature", ["hook", "Proximal", "RMDA", "TargetSparsity", "SparsityMonitor"])
+def test_a_compiled_step_is_the_plain_one(feature):
+    torch.compiler.reset()
+    taken = []
+
+    def compiled(part, model, x, y):
+        (data_loss(model, x, y) + part.term()).backward()
+        if not taken:
+            taken.append(torch.compile(lambda: part.optimizer.step(), backend="eager"))
+        taken[0]()
+
+    few = range(2)
+    assert_same(trained(feature, "L1", compiled, steps=few), trained(feature, "L1", steps=few), 1e-6)
+
+
+@ways
+def test_a_model_in_training_is_exported_as_it_is(feature, penalty):
+    def check(model, part):
+        x, y = batch(0)
+        exported = torch.export.export(model, (x,))
+        torch.testing.assert_close(exported.module()(x), model(x))
+        before = [p.detach().clone() for p in model.parameters()]
+        whole(part, model, x, y)  # which goes on
+        assert not all(map(torch.equal, before, model.parameters()))
+
+    trained(feature, penalty, after=check)
+
+
+def test_a_monitor_of_bfloat16_weights_logs_what_it_would_of_the_same_numbers_in_float32():
+    written = {}
+
+    class Writer:
+        def __init__(self, log):
+            self.log = log
+
+        def add_scalar(self, tag, value, step):
+            self.log[tag, step] = value
+
+    model = network("freeze_zeros", torch.bfloat16)
+    for kind in (torch.bfloat16, torch.float32):
+        reg = torchreg.Regularizer(model.to(kind), L1(2e-2))
+        monitor = SparsityMonitor(reg, Writer(written.setdefault(kind, {})), every=1)
+        monitor.step(1.0)
+    assert written[torch.bfloat16] == pytest.approx(written[torch.float32], rel=1e-6)
+    assert written[torch.bfloat16]["sparsity/total", 1] > 0.4
+
+
+def test_a_bfloat16_model_is_compacted_with_the_same_outputs():
+    compact = pytest.importorskip("torchreg.export").compact
+    pytest.importorskip("torch_pruning", reason="needs the extra 'pruning'")
+    model, x = network(dtype=torch.bfloat16), torch.randn(5, 6, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight[::2] = model[0].bias[::2, None] = 0
+    small = compact(model, x, seconds=0).model
+    assert small[0].weight.shape == (4, 6)
+    assert small[0].weight.dtype == torch.bfloat16
+    torch.testing.assert_close(small(x), model(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@ways
+def test_a_gpu_gives_the_weights_of_the_cpu(feature, penalty):
+    assert_same(trained(feature, penalty, device="cuda"), trained(feature, penalty))
+
+
+def _replicated(compacted):
+    wrap = nn.parallel.DistributedDataParallel
+    models = {"compact": compacted}
+    ways = [(feature, penalty) for feature in FEATURES for penalty in PENALTIES if compacted or feature != "compact"]
+    return {way: trained(*way, step=own_share, wrap=wrap, model=models.get(way[0])) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def replicas():
     import distributed
 
-    return distributed.run(2, _replicated)
+    return distributed.run(2, _replicated, small())
 
 
 @features
 @penalties
 def test_replicas_by_ddp_train_as_one_process_with_all_data(feature, penalty, replicas):
+    expected = trained(feature, penalty)
     first, second = (replica[feature, penalty] for replica in replicas)
-    assert_same(first, trained(feature, penalty))
+    assert_same(first, expected)
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
