@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import torchreg
 from torchreg import L1, RMDA, GroupLasso, ProxAdamW, Proximal, ProxSGD, TargetSparsity
@@ -113,6 +114,15 @@ ways = pytest.mark.parametrize(
     ids=lambda name: name,
 )
 """Each feature once, and groups."""
+of_trainers = pytest.mark.parametrize(
+    ("penalty", "feature"),
+    [
+        *(("L1", name) for name in ("loss term", "ProxSGD", "ProxAdamW", "RMDA", "freeze_zeros", "compact")),
+        ("GroupLasso", "ProxSGD"),
+    ],
+    ids=lambda name: name,
+)
+"""What a trainer knows nothing of; the others are tested with its callback."""
 
 
 def network(feature="", dtype=torch.float64):
@@ -187,6 +197,15 @@ def trained(
             part.after_step()
     after(model, part)
     return [gathered(p.detach()).cpu().clone() for p in model.parameters()], part.found()
+
+
+def in_a_trainer(penalty, feature, train):
+    """The weights after ``train(model, part, data)``, which is another's loop over all batches in their order."""
+    model = network(feature)
+    part = regularized(feature, penalty, model)
+    x, y = zip(*map(batch, range(STEPS)), strict=True)
+    train(model, part, TensorDataset(torch.cat(x), torch.cat(y)))
+    return [p.detach().clone() for p in model.parameters()], []
 
 
 def assert_same(one, other, tolerance=1e-9):

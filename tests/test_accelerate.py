@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 from example import percent, printed
+from feature_cases import assert_same as assert_features_same
+from feature_cases import data_loss, in_a_trainer, of_trainers
+from feature_cases import trained as trained_plainly
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -134,6 +137,19 @@ def test_steps_that_a_grad_scaler_skips_shrink_nothing():
             assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert regularization.steps == 1
     assert torch.allclose(model[0].weight, before[0] - 0.1 * 0.03 * before[0].sign(), atol=1e-7)
+
+
+@of_trainers
+def test_what_needs_no_more_than_the_loop_gives_its_weights(penalty, feature):
+    def train(model, part, data):
+        acc = accelerator()
+        model, optimizer, batches = acc.prepare(model, part.optimizer, DataLoader(data, batch_size=8))
+        for x, y in batches:
+            optimizer.zero_grad()
+            acc.backward(data_loss(model, x, y) + part.term())
+            optimizer.step()
+
+    assert_features_same(in_a_trainer(penalty, feature, train), trained_plainly(feature, penalty))
 
 
 def events(folder):
@@ -269,6 +285,16 @@ def test_a_state_of_something_else_is_refused():
     for kind in (ProxSGD, ProxAdamW):
         with pytest.raises(ValueError, match="applies penalties itself"):
             AcceleratedRegularization(acc, model, kind(model.parameters()), RULES)
+
+
+def test_the_examples_of_the_docstrings():
+    import doctest
+
+    import torchreg.integrations.accelerate as module
+
+    accelerate.state.AcceleratorState._reset_state(True)
+    found = doctest.testmod(module)
+    assert (found.failed, found.attempted > 5) == (0, True)
 
 
 def test_the_example(monkeypatch, capsys, tmp_path):

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from example import percent, printed
+from feature_cases import assert_same as assert_features_same
+from feature_cases import data_loss, in_a_trainer, of_trainers
+from feature_cases import trained as trained_plainly
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -145,6 +148,26 @@ def test_a_proximal_optimizer_without_penalties_takes_those_of_the_rules():
     model, trainer = fit(RegularizationCallback(RULES, route="proximal"), Net(configure))
     assert type(trainer.strategy.optimizers[0]) is ProxSGD
     assert_same(model, plain(lambda m, reg: ProxSGD(reg.param_groups(), lr=0.1, momentum=0.9), "proximal"))
+
+
+@of_trainers
+def test_what_needs_no_more_than_the_module_gives_the_weights_of_the_plain_loop(penalty, feature):
+    def train(model, part, data):
+        class Module(lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net = model
+
+            def training_step(self, batch, batch_idx):
+                return data_loss(self.net, *batch) + part.term()
+
+            def configure_optimizers(self):
+                return part.optimizer
+
+        quiet = {"logger": False, "enable_checkpointing": False, **QUIET}
+        lightning.Trainer(max_epochs=1, **quiet).fit(Module(), DataLoader(data, batch_size=8))
+
+    assert_features_same(in_a_trainer(penalty, feature, train), trained_plainly(feature, penalty))
 
 
 ROUTES = [("hook", warmup, None), ("proximal", target, scheduled), ("proximal", warmup, None)]

@@ -397,6 +397,19 @@ def test_parameters_that_it_can_not_take():
     assert not opt.state
 
 
+@pytest.mark.parametrize("kind", [RMDA, torchreg.FTRL])
+def test_a_step_can_not_be_captured(kind, monkeypatch):
+    """A CUDAGraph would replay the numbers of its steps; here one is only said to be captured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    opt = kind(params, penalty=L1(0.1))
+    with pytest.raises(RuntimeError, match=f"{kind.__name__} can't be captured"):
+        opt.step()
+    assert all(map(torch.equal, before, params))
+
+
 def test_a_joint_penalty_gets_all_weights_of_its_rule():
     params = [p for p in parameters() if p.numel()]
     opt = RMDA(params, momentum=0.0, penalty=torchreg.TopK(3, scope="rule"))

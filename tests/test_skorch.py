@@ -6,6 +6,9 @@ import pickle
 import pytest
 import torch
 from example import percent, printed
+from feature_cases import assert_same as assert_features_same
+from feature_cases import data_loss, in_a_trainer, of_trainers
+from feature_cases import trained as trained_plainly
 from torch import nn
 
 from torchreg import L1, Proximal, Regularizer, TargetSparsity, sparsity
@@ -83,6 +86,19 @@ def test_a_fit_gives_the_weights_of_the_plain_loop(route, schedule):
     assert fitted.history[-1, "sparsity"] == sparsity(Regularizer(expected, RULES)).fraction
     fitted.fit(*data())
     assert_same(fitted.module_, expected)
+
+
+@of_trainers
+def test_what_needs_no_more_than_the_net_gives_the_weights_of_the_plain_loop(penalty, feature):
+    def train(model, part, data):
+        class Net(skorch.NeuralNetRegressor):
+            def get_loss(self, y_pred, y_true, X=None, training=False):
+                return data_loss(lambda _: y_pred, None, y_true) + part.term()
+
+        settings = {"batch_size": 8, "max_epochs": 1, "train_split": None, "verbose": 0}
+        Net(model, optimizer=lambda params, lr: part.optimizer, **settings).fit(*data.tensors)
+
+    assert_features_same(in_a_trainer(penalty, feature, train), trained_plainly(feature, penalty))
 
 
 @CASES

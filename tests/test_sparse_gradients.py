@@ -11,7 +11,7 @@ from sparse_cases import adam, lookups, sgd, sparse_gradient
 from torch import nn
 
 import torchreg
-from torchreg import L1, L2, MCP, ElasticNet, GroupLasso, ProxAdamW, ProxSGD, Regularizer, SparseGroupLasso
+from torchreg import FTRL, L1, L2, MCP, ElasticNet, GroupLasso, ProxAdamW, ProxSGD, Regularizer, SparseGroupLasso
 
 SHAPE = (50, 4)
 PENALTIES = {
@@ -266,6 +266,8 @@ def test_whatever_reads_weights_settles_them():
         "groups": lambda m, o, r: str(torchreg.group_sparsity(m, "rows")),
         "penalty": lambda m, o, r: r().item(),
         "norm": lambda m, o, r: m.state_dict()["items.weight"].norm().item(),
+        "monitor": lambda m, o, r: torchreg.SparsityMonitor(m, None).log().total.l1_norm,
+        "averages": lambda m, o, r: torchreg.reprox(Recommender().double(), m).total.zeros,
         "frozen": lambda m, o, r: torchreg.freeze_zeros(m.items.weight).remove() or m.items.weight.abs().sum().item(),
     }
     for name, read in readers.items():
@@ -273,6 +275,51 @@ def test_whatever_reads_weights_settles_them():
         expected = read(dense, opt if "optimizer" not in name else trained(sparse=False)[1], reference)
         got = read(model, opt, reg)
         assert got == (pytest.approx(expected, rel=1e-9) if not isinstance(got, str) else expected), name
+
+
+def test_a_loss_term_makes_a_sparse_gradient_dense():
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        lookup = nn.Embedding(6, 2, sparse=sparse, dtype=torch.float64)
+        reg = Regularizer(lookup, {"weight": L1(0.1)})
+        opt = torch.optim.SGD(lookup.parameters(), lr=0.1)
+        for row in range(3):
+            opt.zero_grad()
+            (lookup(torch.tensor([row])).square().sum() + reg()).backward()
+            opt.step()
+        found.append(lookup.weight.detach())
+    assert torch.equal(*found)
+
+
+def test_what_is_compacted_or_saved_is_settled(tmp_path):
+    pytest.importorskip("torch_pruning", reason="needs the extra 'pruning'")
+    from torchreg.export import CompactedSize, compact, load_sparse, save_sparse
+
+    def model():
+        torch.manual_seed(0)
+        lookup = nn.Embedding(30, 4, sparse=True, dtype=torch.float64)
+        made = nn.Sequential(lookup, nn.Linear(4, 2, dtype=torch.float64))
+        opt = ProxSGD([lookup.weight], lr=1.0, penalty=L1(0.05))
+        opt.settle_lookups(made).remove()  # its hook would settle all when a state dict is made
+        for _ in range(200):
+            opt.zero_grad()
+            rows = torch.tensor([1, 2])
+            opt.settle(lookup.weight, rows)
+            (lookup(rows)[:, 0] - 1).square().sum().backward()
+            opt.step()
+        return made, opt
+
+    rows = torch.arange(30)[None]
+    (made, _alive), (fresh, _alive_too) = model(), model()
+    assert (made[0].weight[5] != 0).all(), "a row that was never looked up waits"
+    assert CompactedSize(made, rows)()["parameters"] == 30 + 4
+    small = compact(fresh, rows, seconds=0).model
+    assert small[0].weight.shape == (30, 1)
+    torch.testing.assert_close(small(rows), made(rows))
+    again, _alive = model()
+    save_sparse(again, tmp_path / "file")
+    assert int((load_sparse(tmp_path / "file")["0.weight"] != 0).sum()) == 2
 
 
 def test_the_kkt_residual_is_of_settled_weights_and_takes_sparse_gradients():
@@ -314,30 +361,31 @@ def test_a_loaded_model_has_missed_nothing():
     assert torch.equal(model.state_dict()["items.weight"], fresh["items.weight"])
 
 
+@pytest.mark.parametrize("optimizer", [ProxSGD, FTRL])
 @pytest.mark.parametrize("settles", [False, True])
-def test_a_table_read_by_a_tied_layer_is_settled_or_the_step_says_so(settles):
+def test_a_table_read_by_a_tied_layer_is_settled_or_the_step_says_so(settles, optimizer):
     """The layer reads all rows, of which the hooks know nothing; its gradient is dense."""
     torch.manual_seed(0)
     lookup = nn.Embedding(20, 4, sparse=True, dtype=torch.float64)
     plain = copy.deepcopy(lookup)
     plain.sparse = False
-    opt = ProxSGD([lookup.weight], lr=0.1, penalty=L1(0.01))
-    dense = ProxSGD([plain.weight], lr=0.1, penalty=L1(0.01))
+    opt = optimizer([lookup.weight], lr=0.1, penalty=L1(0.01))
+    dense = optimizer([plain.weight], lr=0.1, penalty=L1(0.01))
     opt.settle_lookups(lookup)
     for t in range(6):
         if t == 4 and settles:
             opt.settle(lookup.weight)
-        for module, optimizer in ((plain, dense), (lookup, opt)):
-            optimizer.zero_grad()
+        for module, each in ((plain, dense), (lookup, opt)):
+            each.zero_grad()
             seen = module(torch.tensor([0, 3 * t]))
             ((seen @ module.weight.T if t == 4 else seen) - 1).square().mean().backward()
             if t == 4 and module is lookup and not settles:
                 before = lookup.weight.detach().clone()
                 with pytest.raises(RuntimeError, match=r"settle\(parameter, rows\).*tied layer"):
-                    optimizer.step()
+                    each.step()
                 assert torch.equal(before, lookup.weight)
                 return
-            optimizer.step()
+            each.step()
     opt.flush()
     torch.testing.assert_close(lookup.weight, plain.weight)
 
@@ -507,7 +555,7 @@ def test_adam_refuses_what_its_metric_has_no_closed_form_for():
 def test_a_controller_of_strengths_is_refused():
     model = nn.Embedding(6, 2, sparse=True)
     opt = ProxSGD([{"params": [model.weight], "penalty": L1(0.1)}], lr=0.1)
-    opt.register_prox_pre_hook(lambda optimizer, points: None)
+    torchreg.TargetSparsity(opt, 0.5, until=10)
     model(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="TargetSparsity"):
         opt.step()

@@ -73,7 +73,7 @@ def test_a_compiled_model_trains_alike(feature, penalty):
     assert_same(trained(feature, penalty, wrap=compiled), trained(feature, penalty))
 
 
-@pytest.mark.parametrize("feature", ["hook", "Proximal", "RMDA", "TargetSparsity", "SparsityMonitor"])
+@pytest.mark.parametrize("feature", ["hook", "Proximal", "RMDA", "TargetSparsity", "SparsityMonitor", "compact"])
 def test_a_compiled_step_is_the_plain_one(feature):
     torch.compiler.reset()
     taken = []

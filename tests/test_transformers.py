@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from example import percent, printed
+from feature_cases import assert_same as assert_features_same
+from feature_cases import data_loss, in_a_trainer, of_trainers
+from feature_cases import trained as trained_plainly
 from torch.utils.data import DataLoader, Dataset
 
 from torchreg import L1, ProxAdamW, Proximal, Regularizer, TargetSparsity, sparsity
@@ -139,6 +142,31 @@ def test_the_optimizer_of_the_callback_leaves_zeros(kind, schedule, tmp_path):
     assert_same(trainer.model, plain("proximal", schedule, made=None if kind is torch.optim.AdamW else kind))
     counts = sparsity(Regularizer(trainer.model, RULES))
     assert counts.fraction == pytest.approx(0.6, abs=0.02) if schedule else counts.total.zeros > 10
+
+
+@of_trainers
+def test_what_needs_no_more_than_the_trainer_gives_the_weights_of_the_plain_loop(penalty, feature, tmp_path):
+    def train(model, part, data):
+        class Module(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = model
+
+            def forward(self, x, labels):
+                return {"loss": data_loss(self.net, x, labels) + part.term()}
+
+        class Rows(Dataset):
+            def __len__(self):
+                return len(data)
+
+            def __getitem__(self, i):
+                return dict(zip(("x", "labels"), data[i], strict=True))
+
+        args = arguments(tmp_path, max_steps=len(data) // 8, per_device_train_batch_size=8, max_grad_norm=0.0)
+        constant = torch.optim.lr_scheduler.LambdaLR(part.optimizer, lambda step: 1.0)
+        transformers.Trainer(Module(), args, train_dataset=Rows(), optimizers=(part.optimizer, constant)).train()
+
+    assert_features_same(in_a_trainer(penalty, feature, train), trained_plainly(feature, penalty))
 
 
 @pytest.mark.parametrize(("route", "schedule", "restore"), [("hook", warmup, False), ("proximal", target, True)])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchreg import sharding
+from torchreg import sharding, unsettled
 from torchreg.assignments import clean_name, parameters_of, unwrapped
 from torchreg.monitor import SparsityReport
 from torchreg.monitor.report import sparsity
@@ -90,9 +90,12 @@ def reprox(averaged: Any, current: Any) -> SparsityReport:
 def _current(source: Any) -> list[tuple[tuple[str, ...], Tensor, Penalty | None]]:
     """The names, the weight and the penalty of each parameter."""
     if isinstance(source, Regularizer):
+        unsettled.settle(a.parameter for a in source.assignments)
         return [(a.aliases, a.parameter.detach(), a.penalty) for a in source.assignments if a.penalty is not None]
     if isinstance(source, nn.Module):
-        return [(a.aliases, a.parameter.detach(), None) for a in parameters_of(_inside(source))]
+        found = parameters_of(_inside(source))
+        unsettled.settle(a.parameter for a in found)
+        return [(a.aliases, a.parameter.detach(), None) for a in found]
     return [((name,), w, None) for name, w in _named("current", source).items()]
 
 

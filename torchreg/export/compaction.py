@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchreg import unsettled
 from torchreg.assignments import unwrapped
 from torchreg.compacted.attention import ATTENTIONS
 from torchreg.compacted.selection import SelectedLinear
@@ -96,6 +97,7 @@ def compact(
         raise ValueError(f"Expected `seconds` to be a number of at least 0, got {seconds!r}.")
     couplings = coupled_groups(model, example_input, ignore, heads)
     model, example = unwrapped(model), Example.of(example_input)
+    unsettled.settle(model.parameters())
     described = declared(model, heads)
     usable, left = usable_couplings(model, couplings, described)
     reference = Reference(model, example)

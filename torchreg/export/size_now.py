@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from torchreg import unsettled
 from torchreg.assignments import unwrapped
 from torchreg.coupling import coupled_groups
 from torchreg.coupling.heads import Attention, declared
@@ -62,6 +63,7 @@ class CompactedSize:
 
     def __call__(self) -> dict[str, float]:
         """``{"parameters": ..., "flops": ...}`` as of now."""
+        unsettled.settle(self._model.parameters())
         with undisturbed(self._example):
             gone = removable(self._model, self._usable, Probe(private_copy(self._model), self._example))
         cuts = [(c, dead) for c, dead in zip(self._usable, gone, strict=True) if bool(dead.any())]

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchreg import unsettled
 from torchreg.export import coding, container
 from torchreg.export.container import Part
 
@@ -128,6 +129,8 @@ def _plain_tensors(source: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, 
     Raises:
         TypeError, ValueError: at the first that can't be stored.
     """
+    if isinstance(source, torch.nn.Module):
+        unsettled.settle(source.parameters())
     state = source.state_dict() if isinstance(source, torch.nn.Module) else source
     if not isinstance(state, Mapping):
         raise TypeError(f"Expected a module or a state dict, got {type(source).__name__}.")

@@ -122,6 +122,7 @@ class FTRL(SettlingOptimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
+        self._check_not_captured()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -195,10 +196,22 @@ class FTRL(SettlingOptimizer):
             state["settled_strength"] = state["strength"]
 
     def _check_told(self, p: Tensor, rows: Rows, grads: Tensor) -> None:
-        """Raise unless rows are settled before they are read: their gradient is that of other weights."""
+        """Raise unless rows are settled before they are read: their gradient is that of other weights.
+
+        A dense gradient tells that the weight was read in another way than by the hooks of `settle_lookups`.
+        """
         state = self.state.get(p)
-        if not self._is_told and state and state["strength"] != state["settled_strength"]:
+        if not state or state["strength"] == state["settled_strength"]:
+            return
+        if not self._is_told:
             raise RuntimeError(_UNTOLD)
+        penalty = self._group_of(p)["penalty"]
+        if isinstance(rows, slice) and penalty is not None:
+            z, h = state["linear"], state["quadratic"]
+            rounding = 16 * torch.finfo(p.dtype).eps * (z / h).abs()
+            is_behind = (_leader(penalty, z, h, state["strength"]) - p).abs() > rounding
+            if bool((is_behind & (grads != 0)).any()):
+                raise RuntimeError(_UNTOLD)
 
     def _check_rows(self, state: Mapping[str, Any]) -> None:
         for i, group in enumerate(state["param_groups"]):
@@ -245,7 +258,7 @@ class FTRL(SettlingOptimizer):
 
 _UNTOLD = (
     "rows may have been looked up that are not up to date; call the optimizer's settle_lookups(model) once (again for "
-    "a copy), or its settle(parameter, rows) before rows are read."
+    "a copy), or its settle(parameter, rows) before rows are read in another way, as by a tied layer."
 )
 
 

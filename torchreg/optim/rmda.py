@@ -142,6 +142,7 @@ class RMDA(PenalizedOptimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
+        self._check_not_captured()
         loss = None
         if closure is not None:
             with torch.enable_grad():
