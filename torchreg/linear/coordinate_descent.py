@@ -13,26 +13,30 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels import toolchain
+from torchreg.linear import sparse_descent
 from torchreg.linear.design import Dense, Held
 from torchreg.linear.problem import Fit, Problem, Strength, duality_gaps
 from torchreg.linear.solution import Solution
+from torchreg.linear.sparse_descent import Quadratic
 from torchreg.linear.sparse_design import Sparse
 
 _TARGET = 1e-13  # the relative gap that ends the sweeps
-_FIRST, _FALL = 1e-3, 0.03  # what still counts as a change: at first, and from one check to the next
-_ROUNDS = 100
-_TYPES = {"float32": "float", "float64": "double"}
+_FIRST, _START = 1e-3, 0.03  # changes that don't count at first: so much of √(‖z‖²/n), or of the relative gap if less
+_FALL, _STEEPEST = 0.03, 1e-5  # those of the next sweeps, relative to the last ones', at most and at least
+_SAFE = 0.05  # less than what would do, as the gap falls with the changes once no column outside matters
+_LEAST = 1e-16  # changes that are rounding
+_STALLED = 5  # times in a row that sweeps down to those leave more than half of the gap
+_NEAR = 0.9  # of the strength: a pull from which on a column may come to matter
 
 
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no compiled sweeps on this machine, or None. Builds them, once."""
     try:
-        for name in _TYPES:
-            _function(name)
+        _function()
     except toolchain.Unavailable as reason:
         return str(reason)
-    return None
+    return sparse_descent.unavailable()
 
 
 def solve_by_coordinates(
@@ -41,7 +45,7 @@ def solve_by_coordinates(
     """Solutions for strengths in falling order, each from the one before, to a relative gap of 1e-13.
 
     The sweeps go over the columns that are not zero or that the sequential strong rule can't rule out; all columns are
-    checked in between, by one product with X.
+    checked in between, by one product with X. Sparse columns whose signs have settled take conjugate gradients.
 
     Args:
         problem: on the CPU.
@@ -84,33 +88,35 @@ class _State(ABC):
 
     def gap(self, strength: Strength) -> float:
         """The duality gap of the refreshed state."""
-        n, w, r = max(1, self.problem.design.samples), torch.from_numpy(self.w), self.centred
-        fit = Fit(
-            (r @ r / n).unsqueeze(0),
-            (r @ self.problem.target / n).unsqueeze(0),
-            w.abs().sum().unsqueeze(0),
-            w.square().sum().unsqueeze(0),
-            self.pull.unsqueeze(0),
-        )
-        active = (self.pull - strength.l2 * w).unsqueeze(0)
-        return float(duality_gaps(fit, active, [strength], n, self.problem.positive)[0])
+        n, w, r, pull = max(1, self.problem.design.samples), self.w, self.centred, self.pull.numpy()
+        active = pull - strength.l2 * w if strength.l2 else pull
+        largest = active.max() if self.problem.positive else max(active.max(), -active.min())
+        slope = 0.0 if strength.l1 else np.linalg.norm(pull.clip(min=0) if self.problem.positive else pull)
+        numbers = r @ r / n, r @ self.problem.target / n, np.abs(w).sum(), w @ w, [slope]
+        fit = Fit(*(torch.tensor([a], dtype=torch.float64) for a in numbers))
+        forces = r.new_tensor([[largest]])  # the largest is all that counts, and of the slopes their norm
+        return float(duality_gaps(fit, forces, [strength], n, self.problem.positive)[0])
 
     def descend(self, strength: Strength, threshold: float, limit: int) -> tuple[float, int]:
         """Sweep to the target. The gap, and the sweeps."""
-        power = self.problem.power
-        change, sweeps, gap = _FIRST, 0, self.gap(strength)
-        for _ in range(_ROUNDS):
-            if gap <= _TARGET * power or sweeps >= limit:
-                break
-            force = self.pull if self.problem.positive else self.pull.abs()
-            index = np.flatnonzero((force.numpy() > threshold) | (self.w != 0))
-            threshold = strength.l1  # from now on: violations
-            sweeps += self.sweep(index, strength, change * power**0.5, limit - sweeps)
+        power, l1 = self.problem.power, strength.l1
+        sweeps, stalled, gap = 0, 0, self.gap(strength)
+        change = min(_FIRST, _START * gap / power) if power else 0.0
+        inside = np.zeros(len(self.w), dtype=bool)
+        while gap > _TARGET * power and sweeps < limit:
+            force = (self.pull if self.problem.positive else self.pull.abs()).numpy()
+            violated = bool(((force > l1) & ~inside).any())
+            if sweeps:
+                fall = _FALL if violated else max(_STEEPEST, min(_FALL, _SAFE * _TARGET * power / gap))
+                change = max(_LEAST, fall * change)
+            inside = (force > threshold) | (self.w != 0)
+            threshold = _NEAR * l1
+            sweeps += self.sweep(np.flatnonzero(inside), strength, change * power**0.5, limit - sweeps)
             self.refresh()
             before, gap = gap, self.gap(strength)
-            if change < 1e-14 and gap >= before:
+            stalled = stalled + 1 if change == _LEAST and gap >= 0.5 * before else 0
+            if stalled >= _STALLED:
                 break
-            change *= _FALL
         return gap, sweeps
 
 
@@ -120,39 +126,35 @@ class _SparseState(_State):
     def __init__(self, problem: Problem, start: Tensor | None) -> None:
         super().__init__(problem, start)
         assert isinstance(problem.design, Sparse)
-        self.design = problem.design
-        self.x = self.design.x
-        self.rows, self.starts = (np.ascontiguousarray(a, dtype=np.int32) for a in (self.x.indices, self.x.indptr))
-        self.squares = np.ascontiguousarray(self.design.squares, dtype=np.float64)
+        self.design = design = problem.design
+        self.columns = Quadratic(design, design.mean is not None, problem.positive)
+        self.columns.w = self.w
+        samples = max(1, design.samples)
+        self.weights = 1 / samples if design.weights is None else design.weights / samples
         self.refresh()
 
     def refresh(self) -> None:
         """Residual and pull, without what sweeps have rounded."""
-        design, problem = self.design, self.problem
-        root = design.root
-        target = problem.target.numpy() if root is None else _unweighted(problem.target.numpy(), root)
-        self.residual = np.ascontiguousarray(target - self.x @ self.w, dtype=np.float64)
-        self.shift = 0.0 if design.mean is None else float(design.mean @ self.w)
-        centred = torch.from_numpy(self.residual + self.shift)
-        self.centred = centred if root is None else centred * torch.from_numpy(root)
+        design, target = self.design, self.problem.target
+        if not self.w.any():
+            self.centred, self.pull = target, self.problem.moment
+            return
+        fitted = self.columns.combine(self.w)
+        if design.mean is not None:
+            fitted -= design.mean @ self.w
+        if design.root is not None:
+            fitted *= design.root
+        self.centred = target - torch.from_numpy(fitted)
         self.pull = design.correlations(self.centred.unsqueeze(0))[0]
 
     def sweep(self, index: Any, strength: Strength, least: float, limit: int) -> int:
         """Sweep over some columns until no prediction changes by more than `least`."""
-        shift = ctypes.c_double(self.shift)
-        return _function(self.x.dtype.name)(
-            *(_pointer(a) for a in (self.x.data, self.rows, self.starts, self.design.weights, self.design.mean)),
-            *(_pointer(a) for a in (self.squares, self.residual, self.w)),
-            ctypes.byref(shift),
-            self.design.samples,
-            _pointer(np.ascontiguousarray(index, dtype=np.int64)),
-            len(index),
-            strength.l1,
-            strength.l2,
-            int(self.problem.positive),
-            least,
-            limit,
-        )
+        new = index[np.isnan(self.columns.squares[index])]
+        self.columns.weigh(self.weights, new, self.design.mean)
+        slopes = self.centred.numpy() / max(1, self.design.samples)
+        if self.design.root is not None:
+            slopes *= self.design.root
+        return self.columns.descend(slopes, index, strength, least, limit)
 
 
 class _DenseState(_State):
@@ -182,7 +184,7 @@ class _DenseState(_State):
         w[self.place[inside]] = self.w[inside]
         squares = rows.square().mean(1).numpy()
         residual = self.centred.numpy().copy()
-        done = _function("dense")(
+        done = _function()(
             rows.data_ptr(),
             *(_pointer(a) for a in (squares, residual, w)),
             rows.shape[1],
@@ -198,24 +200,16 @@ class _DenseState(_State):
         return done
 
 
-def _unweighted(target: Any, root: Any) -> Any:
-    """What weighted targets were; those without weight don't matter."""
-    return np.divide(target, root, out=np.zeros_like(target), where=root > 0)
-
-
 def _pointer(array: Any) -> ctypes.c_void_p | None:
     return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
 
 
 @functools.cache
-def _function(kind: str) -> Any:
-    """The sweeps over sparse columns of a dtype, or over dense ones."""
+def _function() -> Any:
+    """The sweeps over dense columns."""
     text = Path(__file__).with_name("coordinate.c").read_text(encoding="utf-8")
-    value = _TYPES.get(kind, "double")
-    library = toolchain.library(f"coordinate-{value}", f"#define VALUE {value}\n{text}")
+    function = toolchain.library("coordinate", text).torchreg_dense_sweeps
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-    common: list[Any] = [integer, pointer, integer, real, real, ctypes.c_int, real, integer]
-    function = library.torchreg_dense_sweeps if kind == "dense" else library.torchreg_sweeps
-    function.argtypes = [*[pointer] * (4 if kind == "dense" else 9), *common]
+    function.argtypes = [*[pointer] * 4, integer, pointer, integer, real, real, ctypes.c_int, real, integer]
     function.restype = integer
     return function

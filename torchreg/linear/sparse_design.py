@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchreg.linear.design import Columns, Design
 
-_CONSTANT = 64.0  # roundings of a column's square: what is left of a constant column when its mean is taken off
+CONSTANT = 64.0  # roundings of a column's square: what is left of a constant column when its mean is taken off
 
 
 class Sparse(Design):
@@ -46,7 +46,7 @@ class Sparse(Design):
         if self.mean is None:
             return squares
         left = squares - self.mean**2
-        return np.where(left <= _CONSTANT * self.eps * squares, 0.0, left)
+        return np.where(left <= CONSTANT * self.eps * squares, 0.0, left)
 
     def columns(self) -> Columns:
         """An empty set of columns, whose non-zeros are copied when they are added."""
