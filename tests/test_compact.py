@@ -473,6 +473,16 @@ def test_compact_attention_is_torchs_attention(batch_first, need_weights, masks)
         assert weights is None
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_channel_that_is_read_by_nan_stays_with_a_word_on_why(bad):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[HALF], model[0].bias[HALF] = 0, 0
+        model[2].weight[1, 2] = bad
+    with pytest.raises(ValueError, match=r"outputs: '2\.weight' holds NaN or infinite numbers.*ignore=\['0'\]"):
+        compact(model, torch.randn(2, 6), seconds=0)
+
+
 def test_heads_with_zero_values_go():
     layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)

@@ -397,6 +397,22 @@ def test_parameters_that_it_can_not_take():
     assert not opt.state
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("penalty", [None, L1(0.1), torchreg.GroupLasso(0.1, "tensor")], ids=str)
+def test_infinity_stays_infinite_and_nan_nan(momentum, penalty):
+    w = nn.Parameter(torch.zeros(2, 2))
+    opt = RMDA([w], lr=0.1, momentum=momentum, penalty=penalty)
+    for _ in range(3):
+        w.grad = torch.tensor([[torch.inf, -1.0], [1.0, -torch.inf]])
+        opt.step()
+    assert w[0, 0] == -torch.inf
+    assert w[1, 1] == torch.inf
+    assert w[0, 1] > 0 > w[1, 0]
+    w.grad = torch.tensor([[0.0, torch.nan], [1.0, 0.0]])
+    opt.step()
+    assert w[0, 1].isnan()
+
+
 @pytest.mark.parametrize("kind", [RMDA, torchreg.FTRL])
 def test_a_step_can_not_be_captured(kind, monkeypatch):
     """A CUDAGraph would replay the numbers of its steps; here one is only said to be captured."""

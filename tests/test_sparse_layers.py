@@ -1,6 +1,8 @@
 """Linear layers in torch's sparse forms."""
 
 import io
+import re
+import types
 
 import pytest
 import torch
@@ -198,6 +200,8 @@ def test_bad_input_is_refused():
         to_sparse_csr(nn.Linear(2, 2), torch.ones(2), gain=0)
     with pytest.raises(ValueError, match="fails on the example: RuntimeError: mat1 and mat2"):
         to_sparse_csr(nn.Linear(2, 2), torch.ones(5, 3))
+    with pytest.raises(ValueError, match="fails on the example: RuntimeError: mat1 and mat2"):
+        to_semi_structured(nn.Linear(2, 2), torch.ones(5, 3))
     with pytest.raises(ValueError, match="on the CPU, got 'weight' on meta"):
         to_sparse_csr(nn.Linear(2, 2, device="meta"), torch.ones(5, 3))
 
@@ -206,6 +210,18 @@ def test_semi_structured_layers_say_why_they_stay_dense():
     converted = to_semi_structured(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)), torch.ones(2, 64))
     assert [c.reason for c in converted.layers] == ["it is on the cpu: the kernels need CUDA"] * 2
     assert converted.count == 0
+
+
+def test_a_semi_structured_layer_of_another_size_says_which_would_do():
+    """By torch's own check, of what looks like a matrix on a GPU."""
+    from torch.sparse.semi_structured import SparseSemiStructuredTensorCUTLASS as kernels
+
+    sizes = {"is_cuda": True, "dim": lambda: 2, "is_contiguous": lambda: True, "dtype": torch.float16}
+    matrix = types.SimpleNamespace(**sizes, shape=torch.Size((3, 64)))
+    with pytest.raises(RuntimeError) as refused:
+        kernels._validate_device_dim_dtype_shape(matrix)
+    assert re.fullmatch(r"its sizes are no multiples of \d+ and \d+", sparse_layers._misfit(str(refused.value)))
+    assert sparse_layers._misfit("of another kind\nand more") == "of another kind"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's semi-structured kernels need CUDA")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,7 @@ def compact(
     with undisturbed(example):
         gone = removable(folded.model, usable, Probe(private_copy(folded.model), example))
     cuts = [(coupling, dead) for coupling, dead in zip(usable, gone, strict=True) if bool(dead.any())]
-    small, error, refused = _cut(folded, cuts, described, reference, select_inputs)
+    small, error, refused = _cut(model, folded, cuts, described, reference, select_inputs)
     left += refused.values()
     tensors = dict(folded.model.named_parameters())
     sizes = [
@@ -157,8 +158,22 @@ def usable_couplings(
     return usable, left
 
 
+def _how(error: float, model: nn.Module) -> str:
+    """How outputs change that are so far off."""
+    if math.isfinite(error):
+        return f" by {error:.1e} of the largest"
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    broken = next((name for name, t in tensors if not bool(t.isfinite().all())), None)
+    return "" if broken is None else f": {broken!r} holds NaN or infinite numbers, which zero times is NaN"
+
+
 def _cut(
-    folded: Folded, cuts: Sequence[Cut], described: Mapping[str, Attention], reference: Reference, select: bool
+    model: nn.Module,
+    folded: Folded,
+    cuts: Sequence[Cut],
+    described: Mapping[str, Attention],
+    reference: Reference,
+    select: bool,
 ) -> tuple[nn.Module, float, dict[int, LeftAlone]]:
     """The smaller model, how far its outputs are off, and couplings (by id) that its own code does not let go."""
     tolerance = equality.TOLERANCES.get(reference.dtype, 1e-4)
@@ -188,7 +203,7 @@ def _cut(
         if not error <= tolerance:
             raise ValueError(
                 f"Removing {int(cut[1].sum())} of the {cut[0].count} channels of {cut[0].name!r} would change the "
-                f"outputs by {error:.1e} of the largest. Leave them alone with ignore=[{cut[0].name!r}]."
+                f"outputs{_how(error, model)}. Leave them alone with ignore=[{cut[0].name!r}]."
             )
         kept.append(cut)
     try:

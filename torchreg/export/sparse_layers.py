@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import statistics
 import time
 import warnings
@@ -197,7 +198,7 @@ def to_semi_structured(model: nn.Module, example_input: Any = None) -> Converted
         A copy of the model in eval mode, and what became of each linear layer, with the reason where it was left alone.
 
     Raises:
-        ValueError: if the outputs would change by more than rounding.
+        ValueError: if the model fails on the example, or its outputs would change by more than rounding.
         TypeError: if ``model`` is no module.
 
     >>> import torch
@@ -212,7 +213,7 @@ def to_semi_structured(model: nn.Module, example_input: Any = None) -> Converted
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be an nn.Module, got {type(model).__name__}.")
     new = copy.deepcopy(model).eval()
-    expected = None if example_input is None else _called(new, example_input)
+    expected = None if example_input is None else _outputs(new, example_input)
     choices = []
     for name, layer in _linear_layers(new):
         reason = _no_semi_structure(layer.weight)
@@ -220,13 +221,13 @@ def to_semi_structured(model: nn.Module, example_input: Any = None) -> Converted
         if not reason:
             try:
                 sparse = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
-            except (RuntimeError, ValueError) as error:  # torch's rules about sizes
-                reason = str(error).splitlines()[0]
+            except (RuntimeError, ValueError) as error:
+                reason = _misfit(str(error))
             else:
                 layer.weight = nn.Parameter(sparse, requires_grad=False)
         choices.append(LayerChoice(name, (layer.out_features, layer.in_features), sparsity, not reason, None, reason))
     if expected is not None:
-        _compare(_called(new, example_input), expected, "the converted layers")
+        _compare(_outputs(new, example_input), expected, "the converted layers")
     return Converted(new, tuple(choices))
 
 
@@ -267,6 +268,12 @@ def _no_semi_structure(weight: Tensor) -> str:
     return ""
 
 
+def _misfit(error: str) -> str:
+    """What torch's rules about sizes say of a weight, whose error is given."""
+    sizes = re.search(r"multiple of \((\d+), (\d+)\)", error)
+    return f"its sizes are no multiples of {sizes[1]} and {sizes[2]}" if sizes else error.splitlines()[0]
+
+
 def _sparsity(weight: Tensor) -> float:
     return 1 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
 
@@ -288,12 +295,18 @@ def _inputs(model: nn.Module, example: Any) -> tuple[list[Tensor], dict[nn.Modul
 
     handles = [layer.register_forward_pre_hook(keep) for _, layer in _linear_layers(model)]
     try:
-        return _called(model, example), given
-    except Exception as error:  # the model's own code may raise anything
-        raise ValueError(f"The model fails on the example: {type(error).__name__}: {error}") from error
+        return _outputs(model, example), given
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """The tensors that the model returns; ValueError if it fails."""
+    try:
+        return _called(model, example)
+    except Exception as error:  # the model's own code may raise anything
+        raise ValueError(f"The model fails on the example: {type(error).__name__}: {error}") from error
 
 
 @torch.no_grad()

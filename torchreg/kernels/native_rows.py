@@ -129,7 +129,8 @@ def step(name: str, p: Tensor, entries: Entries, values: Tensor, betas: tuple[fl
     room = torch.empty(values.shape[1:], dtype=values.dtype)
     links = {**entries.missed, "first": entries.first, "next": entries.next, "values": values, "sum": room}
     _call(name, p, entries.rows, **{**links, **fields})
-    torch.autograd.graph.increment_version([p, *(fields[key] for key in ("buffer", "mean", "square") if key in fields)])
+    written = (fields.get(key) for key in ("buffer", "mean", "square", "top", "steps"))
+    torch.autograd.graph.increment_version([p, *(t for t in written if isinstance(t, Tensor))])
 
 
 def _call(name: str, p: Tensor, rows: Tensor, **fields: Any) -> int:

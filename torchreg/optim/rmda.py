@@ -160,8 +160,9 @@ class RMDA(PenalizedOptimizer):
             if group["momentum"] == 0:
                 for p, w in new.items():
                     p.copy_(w)
-            elif new:
-                torch._foreach_lerp_(list(new), list(new.values()), 1 - group["momentum"])
+            elif new:  # no lerp, which takes differences: inf would become NaN
+                torch._foreach_mul_(list(new), group["momentum"])
+                torch._foreach_add_(list(new), list(new.values()), alpha=1 - group["momentum"])
         return loss
 
     def _check_steps(self, group: Mapping[str, Any], penalty: Penalty, params: list[Tensor]) -> None:
