@@ -103,6 +103,24 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     assert all(torch.equal(value, average.state_dict()[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize("of", ["regularizer", "module"])
+def test_all_averages_of_a_tied_weight_get_its_zeros(of):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+    current = Tied()
+    with torch.no_grad():
+        current.a.weight[1] = 0
+    average = {"a.weight": torch.ones(3, 3), "b.weight": torch.full((3, 3), 2.0)}
+    report = reprox(average, Regularizer(current, L1(0.1)) if of == "regularizer" else current)
+    assert [t.zeros for t in report.tensors] == [3, 3]
+    assert all((w == 0).nonzero()[:, 0].unique().tolist() == [1] for w in average.values())
+    assert len(reprox(Tied(), current).tensors) == 1
+
+
 def test_nan_stays_nan_and_zeros_are_positive():
     averaged = {"w": torch.tensor([float("nan"), -1.0, float("nan"), float("inf")])}
     reprox(averaged, {"w": torch.tensor([0.0, -0.0, 1.0, 1.0])})

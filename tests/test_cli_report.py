@@ -1,6 +1,8 @@
 """``torchreg report``: the runs of a log folder as one HTML page, whatever is in the folder."""
 
 import base64
+import itertools
+import math
 import os
 import random
 import re
@@ -208,11 +210,22 @@ def test_a_long_curve_keeps_its_end_and_its_spikes():
     curve = Curve()
     for i in range(100_000):
         curve.add(i, float(i))
-    assert len(curve.points()) <= 1002
+    assert len(curve.points()) <= 2001
     assert curve.points()[-1] == (99_999, 99_999.0)
     points = [(i, 1.0 if i == 777 else 0.0) for i in range(2000)]
     assert (777, 1.0) in thinned(points)
     assert len(thinned(points)) <= 300
+
+
+@pytest.mark.parametrize("count", [2000, 2001, 50_001])
+def test_a_long_curve_keeps_every_extreme_evenly(count):
+    curve, special = Curve(), {count // 3: 100.0, count // 2: math.nan, count - 7: -100.0}
+    for i in range(count):
+        curve.add(i, special.get(i, i % 7.0))
+    points = curve.points()
+    assert [i for i, v in points if not 0 <= v < 7] == sorted(special)
+    assert max(b[0] - a[0] for a, b in itertools.pairwise(points)) < max(2, count / 100)
+    assert len(points) <= 2001
 
 
 def test_a_resumed_run_replaces_its_steps():

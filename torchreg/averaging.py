@@ -69,22 +69,35 @@ def reprox(averaged: Any, current: Any) -> SparsityReport:
     mine = _named("averaged", averaged)
     pairs: list[tuple[str, Tensor, Tensor, Penalty | None]] = []
     for names, w, penalty in _current(current):
-        found = next((name for n in names for name in (n, f"module.{n}") if name in mine), None)
-        if found is None:
+        found = [name for n in names for name in (n, f"module.{n}") if name in mine]
+        if not found:
             raise ValueError(f"There is no averaged weight for {names[0]!r} among {len(mine)}.")
-        v = mine[found]
-        if v.shape != w.shape or sharding.local(v).shape != sharding.local(w).shape:
-            raise ValueError(
-                f"The averaged weight {found!r} has the shape {tuple(v.shape)}, and is of {tuple(w.shape)} or sharded "
-                "otherwise."
-            )
-        if penalty is not None and type(penalty).with_pattern is not Penalty.with_pattern and sharding.is_sharded(w):
-            raise ValueError(f"{penalty.type_name} of {found!r} needs the whole weight, which is sharded.")
-        pairs.append((found, v, w, penalty))
+        for name, v in _distinct(found, mine).items():
+            if v.shape != w.shape or sharding.local(v).shape != sharding.local(w).shape:
+                raise ValueError(
+                    f"The averaged weight {name!r} has the shape {tuple(v.shape)}, and is of {tuple(w.shape)} or "
+                    "sharded otherwise."
+                )
+            if (
+                penalty is not None
+                and type(penalty).with_pattern is not Penalty.with_pattern
+                and sharding.is_sharded(w)
+            ):
+                raise ValueError(f"{penalty.type_name} of {name!r} needs the whole weight, which is sharded.")
+            pairs.append((name, v, w, penalty))
     for _, v, w, penalty in pairs:
         here, pattern = sharding.local(v), sharding.local(w).to(sharding.local(v).device)
         here.copy_(here.masked_fill(pattern == 0, 0) if penalty is None else penalty.with_pattern(here, pattern))
     return SparsityReport(sparsity([(name, v) for name, v, _, _ in pairs]).tensors, "averaged")
+
+
+def _distinct(names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of these names, each once: a weight that is tied now may have several averages."""
+    found: dict[Any, str] = {}
+    for name in names:
+        v = sharding.local(tensors[name])
+        found.setdefault((v.data_ptr(), v.shape, v.stride()) if v.numel() else name, name)
+    return {name: tensors[name] for name in found.values()}
 
 
 def _current(source: Any) -> list[tuple[tuple[str, ...], Tensor, Penalty | None]]:

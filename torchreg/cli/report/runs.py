@@ -7,8 +7,9 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,38 @@ WIDE, WIDE_DOUBLE = 1, 2
 
 
 class Curve:
-    """The values of a scalar. With more than 1000 points every second one is dropped, those to come included."""
+    """The values of a scalar.
+
+    Of more than 2000 points the least, the greatest and the first that is not finite of each of some hundred pieces of
+    equal length are kept: no spike is lost.
+    """
 
     def __init__(self) -> None:
         self.steps, self.values = array("q"), array("d")
         self.seen = 0
-        self._every = 1
+        self._order, self._length = array("q"), 1
         self._last: tuple[int, float] = (0, math.nan)
 
     def add(self, step: int, value: float) -> None:
         """The next point."""
-        if self.seen % self._every == 0:
-            self.steps.append(step)
-            self.values.append(value)
+        self.steps.append(step)
+        self.values.append(value)
+        self._order.append(self.seen)
         self._last = step, value
         self.seen += 1
-        if len(self.steps) > MOST_POINTS:
-            self.steps, self.values, self._every = self.steps[::2], self.values[::2], 2 * self._every
+        if len(self.steps) > 2 * MOST_POINTS:
+            self._thin()
+
+    def _thin(self) -> None:
+        """Keep the extremes of each piece, of longer ones if that is not enough."""
+        while len(chosen := self._chosen()) > MOST_POINTS:
+            self._length *= 2
+        self.steps, self._order = (array("q", [kept[i] for i in chosen]) for kept in (self.steps, self._order))
+        self.values = array("d", [self.values[i] for i in chosen])
+
+    def _chosen(self) -> list[int]:
+        pieces = groupby(range(len(self.steps)), key=lambda i: self._order[i] // self._length)
+        return [i for _, piece in pieces for i in _extremes(list(piece), self.values)]
 
     def points(self) -> list[tuple[int, float]]:
         """By step, the latest where a step was logged twice (by a resumed run); the last one is always there."""
@@ -60,6 +76,14 @@ class Curve:
     def last_step(self) -> int:
         """The largest step."""
         return self.points()[-1][0] if self.seen else 0
+
+
+def _extremes(positions: list[int], values: Sequence[float]) -> list[int]:
+    """Where the least, the greatest and the first value that is not finite are."""
+    finite = [i for i in positions if math.isfinite(values[i])]
+    broken = [i for i in positions if not math.isfinite(values[i])]
+    ends = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else set()
+    return sorted({*ends, *broken[:1]})
 
 
 @dataclass(frozen=True)
