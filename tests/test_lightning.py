@@ -57,10 +57,10 @@ def data():
     return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
 
 
-def fit(callback, model=None, path=None, epochs=2, **options):
+def fit(callback, model=None, path=None, epochs=2, more=(), **options):
     model = model or Net()
     options = {"logger": False, "enable_checkpointing": False, **QUIET, **options}
-    trainer = lightning.Trainer(max_epochs=epochs, callbacks=[callback], **options)
+    trainer = lightning.Trainer(max_epochs=epochs, callbacks=[callback, *more], **options)
     trainer.fit(model, DataLoader(data(), batch_size=4), ckpt_path=path, **({"weights_only": True} if path else {}))
     return model, trainer
 
@@ -168,6 +168,28 @@ def test_what_needs_no_more_than_the_module_gives_the_weights_of_the_plain_loop(
         lightning.Trainer(max_epochs=1, **quiet).fit(Module(), DataLoader(data, batch_size=8))
 
     assert_features_same(in_a_trainer(penalty, feature, train), trained_plainly(feature, penalty))
+
+
+def test_several_callbacks_have_names(tmp_path):
+    """For one optimizer, here; their penalties, logs and states are their own."""
+
+    def callbacks():
+        first = RegularizationCallback({"net.0.weight": L1(0.05)}, schedule=warmup, every=3, name="first")
+        return [first, RegularizationCallback({"net.2.weight": L1(0.05)}, schedule=warmup, every=4, name="last")]
+
+    expected = plain(lambda model, reg: sgd(model), schedule=warmup)
+    csv = CSVLogger(tmp_path, "csv")
+    _, trainer = fit(callbacks()[0], epochs=1, more=callbacks()[1:], logger=csv)
+    assert {"first/sparsity/total", "last/sparsity/total"} <= set(trainer.callback_metrics)
+    header = Path(csv.log_dir, "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"first/sparsity/net.0.weight", "last/sparsity/net.2.weight"} <= set(header)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    first, last = callbacks()
+    resumed, _ = fit(first, path=tmp_path / "half.ckpt", more=[last])
+    assert_same(resumed, expected)
+    assert first.regularization.steps == last.regularization.steps == 12
+    with pytest.raises(RuntimeError, match="state_key"):
+        lightning.Trainer(callbacks=[RegularizationCallback(RULES), RegularizationCallback(RULES)], **QUIET)
 
 
 ROUTES = [("hook", warmup, None), ("proximal", target, scheduled), ("proximal", warmup, None)]

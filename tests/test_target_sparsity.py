@@ -497,6 +497,29 @@ def test_a_target_out_of_reach_is_warned_about_once():
         step()
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_tensor_that_is_emptied_is_named_once(named):
+    large, small = nn.Parameter(torch.linspace(1, 2, 60)), nn.Parameter(torch.linspace(0.01, 0.02, 20))
+    nothing = nn.Parameter(torch.empty(0))
+    params = [("large", large), ("nothing", nothing), ("small", small)] if named else [large, nothing, small]
+    optimizer = ProxSGD(params, lr=0.1, penalty=L1(1.0))
+    goal = TargetSparsity(optimizer, 0.5, until=3)
+
+    def train():
+        for _ in range(205):
+            for p in (large, small, nothing):
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            goal.step()
+
+    with pytest.warns(UserWarning, match="zero everywhere") as caught:
+        train()
+    name = "small" if named else "2"
+    (message,) = [str(w.message) for w in caught]
+    assert message.startswith(f"Parameter '{name}' is zero everywhere at step 3: ")
+    assert goal.reached() == {"all": 0.5}
+
+
 def test_dead_zeros_are_warned_about():
     w = nn.Parameter(torch.zeros(100))
     with torch.no_grad():

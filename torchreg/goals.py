@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchreg import sharding
+from torchreg.optim.groups import param_name
 from torchreg.penalties import sharded
 from torchreg.penalties.grouped import Grouped
 from torchreg.scales import Scales
@@ -29,6 +30,22 @@ class Goal:
     of: str
     start: float = 0.0
     warned: bool = False
+    warned_of_empty: bool = False
+
+    def names(self) -> list[str]:
+        """What `weights` are called."""
+        places = [
+            (group, i) for group in self.scales.groups() for i, p in enumerate(group["params"]) if p.requires_grad
+        ]
+        return [param_name(group, i) for group, i in places]
+
+    @torch.no_grad()
+    def alive(self) -> Tensor:
+        """Whether each of the `weights` holds anything but zeros, or nothing at all."""
+        weights = self.weights()
+        counts = [(sharding.local(w) != 0).any().long().reshape(1) for w in weights]
+        whole = sharding.summed(counts, list(map(sharding.layout, weights)))
+        return torch.cat([c.to(whole[0].device) + (w.numel() == 0) for c, w in zip(whole, weights, strict=True)])
 
     def weights(self) -> list[Tensor]:
         """The trainable parameters of its groups."""

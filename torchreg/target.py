@@ -52,7 +52,8 @@ class TargetSparsity:
 
     No step waits for a device: the quantile is taken there, of an evenly spread sample where there are more than 2¹⁶
     weights. (Of weights that are sharded over processes all gather the samples of all, for which they wait.)
-    If half a point is missing at ``until`` or later, a warning says so, on CUDA with a delay.
+    If half a point is missing at ``until`` or later, a warning says so, on CUDA with a delay. One threshold for all
+    tensors leaves none of them a share of its own: a warning, once, names one that has become zero everywhere.
 
     Call ``step()`` after each ``optimizer.step()``; nothing advances inside it. The strengths of the penalties only
     matter relative to each other, except of MCP and SCAD, whose steps have a limit: without Adam's metric they zero
@@ -136,7 +137,10 @@ class TargetSparsity:
             self._judge(self._pending)
         elif self.last_epoch >= self.until and (self.last_epoch - self.until) % _CHECK == 0:
             with torch.no_grad():
-                self._pending = Transfer([self._zeros(goal) for goal in self._goals], wait=False)
+                asked = [self._zeros(goal) for goal in self._goals]
+                if (self.last_epoch - self.until) % (10 * _CHECK) == 0:
+                    asked += [goal.alive() for goal in self._goals]
+                self._pending = Transfer(asked, wait=False)
             if self._pending.arrived:
                 self._judge(self._pending)
         self._arm()
@@ -317,9 +321,14 @@ class TargetSparsity:
         return self._samples[key]
 
     def _judge(self, pending: Transfer) -> None:
-        """Warn of goals that are missed."""
+        """Warn of goals that are missed, and of tensors that are empty."""
         self._pending = None
-        for goal, reached in zip(self._goals, pending.tensors(), strict=True):
+        found = pending.tensors()
+        for goal, alive in zip(self._goals, found[len(self._goals) :], strict=False):
+            self._warn_of_empty(
+                goal, [name for name, some in zip(goal.names(), alive.tolist(), strict=True) if not some]
+            )
+        for goal, reached in zip(self._goals, found, strict=False):
             if goal.warned or abs(reached.item() - goal.fraction) <= TOLERANCE + goal.grain() / 2:
                 continue
             goal.warned = True
@@ -329,6 +338,18 @@ class TargetSparsity:
                 "of 0 or NaN never become zero; MCP and SCAD zero none beyond γ and a − 1 times their strength.",
                 stacklevel=3,
             )
+
+    def _warn_of_empty(self, goal: Goal, names: list[str]) -> None:
+        if goal.warned_of_empty or not names:
+            return
+        goal.warned_of_empty = True
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        warnings.warn(
+            f"Parameter {names[0]!r}{more} is zero everywhere at step {self.last_epoch}: one threshold for all weights "
+            f"of the target {goal.name} ({goal.fraction:.1%} zeros) leaves no tensor a share of its own. Give its rule "
+            "a target or a weaker strength of its own, or ask for fewer zeros.",
+            stacklevel=3,
+        )
 
 
 def _shaped(step: Step, shape: torch.Size) -> Step:

@@ -28,7 +28,8 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
     accumulation, clipping, mixed precision and skipped steps leave the strength as it is. It logs through all loggers
     of the trainer (a TensorBoard logger gets pictures and histograms too, if ``monitor`` asks for them), and
     ``sparsity/total`` is a metric that other callbacks may monitor. Regularizer, schedules and targets are in the
-    checkpoints, which load with ``weights_only=True``.
+    checkpoints, which load with ``weights_only=True``. Several callbacks, such as one for each network of a GAN, need
+    names.
 
     Args:
         rules: a penalty; a mapping from globs (or the other selectors of `torchreg.Regularizer`) to penalties; or a
@@ -41,6 +42,8 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
         reprox: whether the average that a callback of Lightning keeps (``WeightAveraging``, ``EMAWeightAveraging``,
             ``StochasticWeightAveraging``) gets the exact zeros of the weights when the training ends, by
             `torchreg.reprox`. This callback goes before that one.
+        name: of this callback among several: what it logs begins with it (``generator/sparsity/total``), and so does
+            its state in a checkpoint.
 
     Attributes:
         regularization: the `Regularization` that does the work.
@@ -61,10 +64,18 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
         every: int = 100,
         monitor: dict[str, Any] | None = None,
         reprox: bool = False,
+        name: str = "",
     ) -> None:
         super().__init__()
-        self.regularization = Regularization(rules, route=route, schedule=schedule, every=every, monitor=monitor)
+        watched = {"weights": name, **(monitor or {})} if name else monitor
+        self.regularization = Regularization(rules, route=route, schedule=schedule, every=every, monitor=watched)
         self.reprox = reprox
+        self.name = name
+
+    @property
+    def state_key(self) -> str:
+        """What the state is called in a checkpoint."""
+        return f"{type(self).__qualname__}[{self.name}]" if self.name else type(self).__qualname__
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizers.
@@ -99,13 +110,13 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         report = self.regularization.watch(loss)
         if report is not None:
-            pl_module.log("sparsity/total", report.fraction, logger=False)
+            pl_module.log(self._tag("sparsity/total"), report.fraction, logger=False)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so where the weights are averages: SWA's last epoch is for BatchNorm alone."""
         ends = [getattr(averaging, "swa_end", math.inf) for averaging in _averages(trainer)]
         if self.regularization.monitor is not None and any(trainer.current_epoch > end for end in ends):
-            self.regularization.monitor.weights = "averaged"
+            self.regularization.monitor.weights = self._tag("averaged")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Where weights are averaged, log before the averages take the place of the weights."""
@@ -132,6 +143,9 @@ class RegularizationCallback(_lightning.Callback):  # type: ignore[name-defined]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the optimizers after a fit with ``max_steps=0`` too, whose training has no end."""
         self.regularization.detach()
+
+    def _tag(self, tag: str) -> str:
+        return f"{self.name}/{tag}" if self.name else tag
 
     def _reprox(self, averaging: Any, pl_module: Any) -> None:
         if self.reprox:
