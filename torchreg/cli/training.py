@@ -187,7 +187,8 @@ def _said_elsewhere() -> Iterator[None]:
     """Leave a target that is missed, zeros that there are none or too many of, and divergence to the table."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"At step \d+ .*(finite|the loss is)", RuntimeWarning)
-        warnings.filterwarnings("ignore", "The target of|Freezing |No weight is exactly zero", UserWarning)
+        emptiness = r"The target of|Parameter .* zero everywhere|Freezing |No weight is exactly zero"
+        warnings.filterwarnings("ignore", emptiness, UserWarning)
         yield
 
 
