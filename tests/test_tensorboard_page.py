@@ -145,9 +145,8 @@ def test_the_barcode_shows_channels_die(tour):
 
 def test_texts_are_tables(tour):
     tour.open("text", "torchreg/penalties/text_summary", "torchreg/sparsity/text_summary", runFilter="channels")
-    tour.wait_for_all("table", 3)
-    headings = {e.text for e in tour.all("th")}
-    assert {"parameter", "shape", "rule", "penalty", "zeros", "alive"} <= headings
+    headings = {"parameter", "shape", "rule", "penalty", "zeros", "alive"}
+    browser.wait_until(lambda: headings <= {e.text for e in tour.all("th")}, f"no tables with {headings}")
     assert "GroupLasso strength=0.005, groups=out_channels" in tour.text()
     assert "| parameter" not in tour.text(), "Markdown is rendered"
     tour.keep("text")
