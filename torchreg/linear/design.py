@@ -9,25 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchreg.linear.columns import CONSTANT, HARMLESS, Columns, DenseColumns
+
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
-HARMLESS = 100.0  # a mean square this many times the variance costs two digits of a Gram matrix
-_CONSTANT = 16.0  # a column that varies by fewer roundings of its mean than this is constant
-
-
-class Columns(ABC):
-    """Some columns of a design in memory, as many as have been added."""
-
-    @abstractmethod
-    def add(self, index: Tensor) -> Tensor:
-        """Take in more columns and return their inner products over n with all held ones, shape (new, all)."""
-
-    @abstractmethod
-    def combine(self, coefficients: Tensor) -> Tensor:
-        """Sums of all held columns, one for each row of the coefficients: (m, held) -> (m, n)."""
-
-    @abstractmethod
-    def correlations(self, residuals: Tensor) -> Tensor:
-        """RZ/n of the held columns for residuals R of shape (m, n): shape (m, held)."""
 
 
 class Design(ABC):
@@ -87,8 +71,8 @@ class Dense(Design):
         return torch.finfo(self.x.dtype).eps
 
     def columns(self) -> Columns:
-        """An empty set of columns, which are copied when they are added."""
-        return _DenseColumns(self)
+        """An empty set of columns."""
+        return DenseColumns(self.x, self.mean, self.root)
 
     def rows(self, index: Tensor) -> Tensor:
         """Some columns of Z as rows, (k, n) in float64. Constant columns are zero if they are centred."""
@@ -96,7 +80,7 @@ class Dense(Design):
         if self.mean is not None:
             mean = self.mean[index].unsqueeze(1)
             rows -= mean
-            constant = rows.square().mean(1, keepdim=True) < (_CONSTANT * self.eps * mean).square()
+            constant = rows.square().mean(1, keepdim=True) < (CONSTANT * self.eps * mean).square()
             rows.masked_fill_(constant, 0)
         return rows if self.root is None else rows.mul_(self.root)
 
@@ -142,7 +126,7 @@ class Dense(Design):
             total += inner(block)
         total /= self.samples
         if self.mean is not None:
-            constant = total.diagonal() < (_CONSTANT * self.eps * self.mean).square()
+            constant = total.diagonal() < (CONSTANT * self.eps * self.mean).square()
             total.masked_fill_(constant, 0).masked_fill_(constant.unsqueeze(1), 0)
         return total
 
@@ -175,21 +159,6 @@ class Held:
         return new
 
 
-class _DenseColumns(Columns):
-    def __init__(self, design: Dense) -> None:
-        self._samples, self._held = max(1, design.samples), Held(design)
-
-    def add(self, index: Tensor) -> Tensor:
-        new = self._held.add(index)
-        return (new @ self._held.rows.T).div_(self._samples)
-
-    def combine(self, coefficients: Tensor) -> Tensor:
-        return coefficients @ self._held.rows
-
-    def correlations(self, residuals: Tensor) -> Tensor:
-        return (residuals @ self._held.rows.T).div_(self._samples)
-
-
 def inner(x: Tensor) -> Tensor:
     """XᵀX. NumPy takes a symmetric product for it, which is half the work; torch has none."""
     if x.device.type != "cpu":
@@ -202,7 +171,12 @@ def inner(x: Tensor) -> Tensor:
 def weighted_mean(x: Tensor, weights: Tensor | None) -> Tensor:
     """Column means of a matrix in float64, with weights that sum to the number of rows."""
     if weights is None:
-        return x.mean(0, dtype=torch.float64)
+        if x.dtype == torch.float64 or not len(x):
+            return x.mean(0, dtype=torch.float64)
+        total = x.new_zeros(x.shape[1], dtype=torch.float64)
+        for block in x.split(max(1, _BLOCK // max(1, x.shape[1]))):  # torch would widen all of X at once
+            total += block.double().sum(0)
+        return total / len(x)
     return (weights.to(x.dtype) @ x).double() / x.shape[0]
 
 
@@ -211,10 +185,11 @@ def mean_squares(design: Design) -> Tensor:
     if not isinstance(design, Dense):
         return torch.as_tensor(design.squares)  # type: ignore[attr-defined]
     n, x = max(1, design.samples), design.x
-    if design.root is None:
-        squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square() / n
+    if design.root is None and x.dtype == torch.float64:
+        squares = torch.linalg.vector_norm(x, dim=0).square() / n
     else:
-        step, weights = max(1, _BLOCK // n), design.root.square()
+        step = max(1, _BLOCK // n)
+        weights = x.new_ones(len(x), dtype=torch.float64) if design.root is None else design.root.square()
         parts = [weights @ x[:, i : i + step].double().square() / n for i in range(0, x.shape[1], step)]
         squares = torch.cat(parts)
     return squares if design.mean is None else (squares - design.mean.square()).clamp(min=0)

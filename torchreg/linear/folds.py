@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.linear.design import HARMLESS, inner, weighted_mean
+from torchreg.linear.columns import HARMLESS
+from torchreg.linear.design import inner, weighted_mean
 from torchreg.linear.full_gram import Normal
 from torchreg.linear.inputs import Data
 from torchreg.linear.paths import warn_if_far

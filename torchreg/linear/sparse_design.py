@@ -10,7 +10,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from torchreg.linear.design import Columns, Design
+from torchreg.linear.columns import Columns
+from torchreg.linear.design import Design
 
 CONSTANT = 64.0  # roundings of a column's square: what is left of a constant column when its mean is taken off
 
@@ -110,8 +111,9 @@ class _SparseColumns(Columns):
         held = None if mean is None else mean[self._index]
         return torch.from_numpy(self._design.predict(self._x, held, coefficients.numpy()))
 
-    def correlations(self, residuals: Tensor) -> Tensor:
-        return self._design.pulls(self._x, self._index, residuals)
+    def correlations(self, residuals: Tensor, places: Tensor) -> Tensor:
+        here = places.numpy()
+        return self._design.pulls(self._x[:, here], self._index[here], residuals)
 
 
 def sparse_mean(x: Any, weights: Tensor | None) -> Tensor:

@@ -13,11 +13,15 @@ from torchreg.linear.problem import NOT_FINITE, Fit, Problem, Strength, duality_
 from torchreg.linear.solution import ACCURATE, Solution, errors, refined
 
 _FEWEST = 100  # columns that may enter at a time
+_ROOM = 1024  # columns for which a Gram matrix has room from the beginning: memory that is not written to costs nothing
 _CHUNK = 4
 _LONGEST_CHUNK = 10
 _ON_THE_WAY = 1000  # steps at most for an intermediate strength
-_RATIOS = ((6, 2.0), (15, 1.6), (math.inf, 1.35))  # of intermediate strengths, by the steps at the last one
+_FIRST = 6.0  # ratio of the largest strength to the first intermediate one
+_BY_STEPS = ((6, 10.0), (15, 1.6), (math.inf, 1.35))  # ratio to the next one, by the Newton steps at the last one
+_BY_MISSED = ((0.25, 10.0), (0.5, 4.0), (2.0, 2.0), (5.0, 1.6), (math.inf, 1.35))  # by its violators over its non-zeros
 _NEAR = 0.95  # of the strength: a correlation from which on a column may enter ahead of time
+_NEAR_VIOLATORS = 0.9  # likewise with violators: it might be the next one, and cost one more product with X
 
 
 class WorkingSet:
@@ -58,7 +62,7 @@ class WorkingSet:
         self.index = torch.cat([self.index, index])
         self.inside[index] = True
         if len(self) > len(self._gram):
-            room = min(max(2 * len(self), 128), self.problem.design.features)
+            room = min(max(2 * len(self), _ROOM), self.problem.design.features)
             grown = self._gram.new_empty(room, room)
             grown[:start, :start] = self._gram[:start, :start]
             self._gram = grown
@@ -81,13 +85,20 @@ class WorkingSet:
 
     def refined(self, w: Tensor, strength: Strength) -> Tensor:
         """`w` without the rounding of the Gram matrix, as far as X itself allows."""
-        pull = self._columns.correlations(self.residuals(w.unsqueeze(0)))[0]
+        support = torch.nonzero(w).squeeze(1)
+        pull = self._pull(w, support)
         finer = refined(self.gram, w, pull, strength)
         if finer is None:
             return w
-        after = self._columns.correlations(self.residuals(finer.unsqueeze(0)))[0]
+        after = self._pull(finer, support)
         worst, was = (float(errors(v, p, strength).abs().max()) for v, p in ((finer, after), (w, pull)))
         return finer if worst <= was else w
+
+    def _pull(self, w: Tensor, places: Tensor) -> Tensor:
+        """Zᵀ(z − Zw)/n in some places, zero elsewhere."""
+        pull = torch.zeros_like(w)
+        pull[places] = self._columns.correlations(self.residuals(w.unsqueeze(0)), places)[0]
+        return pull
 
 
 class Check:
@@ -176,7 +187,7 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
     if start is not None and check.gaps()[0] <= ACCURATE * problem.power and not check.violated()[0]:
         return Solution(working.index, w, check.gaps()[0], 0)
     before = problem.largest
-    stage = strength if start is not None else _next(before, strength, steps)
+    stage = strength if start is not None else _next(before, strength, _FIRST)
     while True:
         _enter(working, check.forces()[0], max(2 * stage.l1 - before, _NEAR * stage.l1), max(_FEWEST, _nonzero(w)))
         on_the_way += steps
@@ -184,7 +195,7 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         if stage is strength:
             break
         check = Check(working, [w], [stage])
-        before, stage = stage.l1, _next(stage.l1, strength, steps)
+        before, stage = stage.l1, _next(stage.l1, strength, _ratio(check, steps))
     while True:
         w = working.refined(w, strength)
         check = Check(working, [w], [strength])
@@ -207,9 +218,15 @@ def _begin(working: WorkingSet, start: Tensor | None, strength: Strength) -> tup
     return w, Check(working, [w], [strength])
 
 
-def _next(before: float, strength: Strength, steps: int) -> Strength:
-    """The next smaller strength on the way to this one: nearer where the one before has taken more steps."""
-    ratio = next(ratio for most, ratio in _RATIOS if steps <= most)
+def _ratio(check: Check, steps: int) -> float:
+    """To the next intermediate strength: a small one where the last one took many steps, or missed many columns."""
+    missed = int((check.forces()[0] > check.strengths[0].l1).sum()) / max(1, _nonzero(check.w[0]))
+    by_steps = next(ratio for most, ratio in _BY_STEPS if steps <= most)
+    return min(by_steps, next(ratio for most, ratio in _BY_MISSED if missed <= most))
+
+
+def _next(before: float, strength: Strength, ratio: float) -> Strength:
+    """The strength on the way to this one that is smaller than the one before by this ratio."""
     if not 0 < strength.l1 < before / ratio:
         return strength
     grow = before / ratio / strength.l1
@@ -229,6 +246,7 @@ def _enter(working: WorkingSet, forces: Tensor, least: float, most: int) -> None
 
 
 def _enter_violators(working: WorkingSet, check: Check, row: int) -> None:
-    forces = check.forces()[row]
-    held = _nonzero(check.w[row])
-    _enter(working, forces, check.strengths[row].l1 + working.problem.rounding, max(_FEWEST, held))
+    """Let violators in, and columns that are near to be."""
+    forces, held = check.forces()[row], _nonzero(check.w[row])
+    least = _NEAR_VIOLATORS * (check.strengths[row].l1 + working.problem.rounding)
+    _enter(working, forces, least, max(_FEWEST, held))

@@ -1,0 +1,139 @@
+"""Some columns of a data matrix, as many as are needed, and their inner products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+HARMLESS = 100.0  # a mean square this many times the variance costs two digits of a Gram matrix
+CONSTANT = 16.0  # a column that varies by fewer roundings of its mean than this is constant
+_BLOCK, _SHORTEST = 1 << 20, 256  # elements, and samples, that are read at a time
+_COPIED = 8  # one column in so many may be copied where each lies scattered over the rows of X
+
+
+class Columns(ABC):
+    """Some columns of a design, as many as have been added."""
+
+    @abstractmethod
+    def add(self, index: Tensor) -> Tensor:
+        """Take in more columns and return their inner products over n with all that are in, shape (new, all)."""
+
+    @abstractmethod
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Sums of all columns, one for each row of the coefficients: (m, all) -> (m, n)."""
+
+    @abstractmethod
+    def correlations(self, residuals: Tensor, places: Tensor) -> Tensor:
+        """RZ/n of the columns in these places, for residuals R of shape (m, n): shape (m, places)."""
+
+
+class DenseColumns(Columns):
+    """Columns of a dense Z = √V(X − 1mᵀ), read from X block by block.
+
+    Where X lies in rows a copy in X's own dtype is kept while it is small: there each entry read costs a cache line.
+
+    Args:
+        x: shape (samples, features).
+        mean: m in float64, if there is one.
+        root: √V in float64, likewise.
+    """
+
+    def __init__(self, x: Tensor, mean: Tensor | None, root: Tensor | None) -> None:
+        self._x, self._mean, self._root = x, mean, root
+        self._lies_in_columns = x.stride(0) == 1
+        self._index = torch.empty(0, dtype=torch.long, device=x.device)
+        self._room = 0 if self._lies_in_columns else x.shape[1] // _COPIED
+        self._copy = x.new_empty(0, x.shape[0])
+        self._constant = torch.empty(0, dtype=torch.bool, device=x.device)
+        self._far = False
+        """Whether any mean is so large that products of differences are not differences of products."""
+
+    def add(self, index: Tensor) -> Tensor:
+        """By one product of the new columns with all."""
+        start = len(self._index)
+        self._index = torch.cat([self._index, index])
+        self._keep(index)
+        products = self._products(start)
+        if self._mean is None:
+            return products
+        squares = products[:, start:].diagonal()
+        if not (self._far or bool((self._mean[index].square() <= HARMLESS * squares).all())):
+            self._far = True
+            products = self._products(start)
+        if self._far:
+            eps = torch.finfo(self._x.dtype).eps
+            constant = products[:, start:].diagonal() < (CONSTANT * eps * self._mean[index]).square()
+            before = self._constant.new_zeros(start - len(self._constant))
+            self._constant = torch.cat([self._constant, before, constant])
+            products.masked_fill_(self._constant, 0).masked_fill_(constant.unsqueeze(1), 0)
+        return products
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Of those alone that have coefficients."""
+        places = torch.nonzero(coefficients.any(0)).squeeze(1)
+        w = coefficients[:, places]
+        found = w.new_empty(len(w), len(self._x))
+        for samples in self._blocks(len(places)):
+            torch.mm(w, self._rows(samples, places), out=found[:, samples])
+        if self._mean is not None and not self._far:
+            found -= (w @ self._mean[self._index[places]]).unsqueeze(1)
+        return found if self._root is None else found.mul_(self._root)
+
+    def correlations(self, residuals: Tensor, places: Tensor) -> Tensor:
+        """By products with blocks of samples."""
+        if self._root is not None:
+            residuals = residuals * self._root
+        found = residuals.new_zeros(len(residuals), len(places))
+        for samples in self._blocks(len(places)):
+            found += residuals[:, samples] @ self._rows(samples, places).T
+        if self._mean is not None and not self._far:
+            found -= residuals.sum(1, keepdim=True) * self._mean[self._index[places]]
+        return found.div_(max(1, len(self._x)))
+
+    def _keep(self, index: Tensor) -> None:
+        """Copy more columns while there is room for all."""
+        count = len(self._index)
+        start = count - len(index)
+        if count > self._room:
+            self._copy = self._copy[:0].clone()
+            return
+        if count > len(self._copy):
+            grown = self._copy.new_empty(min(max(2 * count, 128), self._room), len(self._x))
+            grown[:start] = self._copy[:start]
+            self._copy = grown
+        self._copy[start:count] = self._x.T[index]
+
+    def _products(self, start: int) -> Tensor:
+        """ZᵀZ/n of the columns from `start` on with all. Unless means are large only one side is centred."""
+        new, count = self._index[start:], len(self._index)
+        total = torch.zeros(len(new), count, dtype=torch.float64, device=self._x.device)
+        for samples in self._blocks(count):
+            right = self._rows(samples)
+            left = right[start:]
+            if self._mean is not None and not self._far:
+                left = left - self._mean[new].unsqueeze(1)
+            if self._root is not None:
+                left = left * self._root[samples].square()
+            total.addmm_(left, right.T)
+        return total.div_(max(1, len(self._x)))
+
+    def _blocks(self, columns: int) -> Iterator[slice]:
+        """Samples that are read at a time."""
+        step = max(_SHORTEST, _BLOCK // max(1, columns))
+        return (slice(start, start + step) for start in range(0, len(self._x), step))
+
+    def _rows(self, samples: slice, places: Tensor | None = None) -> Tensor:
+        """Columns in some places, or all, as rows in float64; less their means if these are large."""
+        index = self._index if places is None else self._index[places]
+        if len(self._copy):
+            rows = self._copy[: len(self._index), samples]
+            rows = rows if places is None else rows.index_select(0, places)
+        elif self._lies_in_columns:
+            rows = self._x.T[:, samples].index_select(0, index)
+        else:
+            rows = self._x[samples].index_select(1, index).T
+        rows = rows.double()
+        return rows if self._mean is None or not self._far else rows - self._mean[index].unsqueeze(1)
