@@ -1,0 +1,75 @@
+"""Columns of a data matrix that are read where they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchreg.linear import columns
+from torchreg.linear.design import Dense, weighted_mean
+
+N, P = 300, 96
+ADDED = ([5, 80, 33], [7], [], [1, 0, 95, 40, 41, 42, 43, 44, 45, 46])
+"""Columns in the order in which they come: the last ones are more than are copied."""
+
+
+def centred(x: Tensor, mean: Tensor | None, root: Tensor | None) -> Tensor:
+    z = x.double() if mean is None else x.double() - mean
+    return z if root is None else z * root.unsqueeze(1)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_BLOCK", 500)
+    monkeypatch.setattr(columns, "_SHORTEST", 64)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("offset", [None, 0.0, 3.0, 1e4], ids=str)
+@pytest.mark.parametrize("order", ["rows", "columns", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_products_are_those_of_centred_and_weighted_columns(
+    dtype: Any, order: str, offset: float | None, weighted: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2 * N, 2 * P, generator=generator, dtype=torch.float64) + (offset or 0)).to(dtype)
+    x = {"rows": x[:N, :P].contiguous(), "columns": x[:N, :P].T.contiguous().T, "strided": x[::2, ::2]}[order]
+    v = torch.rand(N, generator=generator, dtype=torch.float64) if weighted else None
+    v = None if v is None else v * (N / v.sum())
+    mean = None if offset is None else weighted_mean(x.double(), v)
+    root = None if v is None else v.sqrt()
+    z, held = centred(x, mean, root), Dense(x, mean, root).columns()
+    index: list[int] = []
+    for added in ADDED:
+        index += added
+        products = held.add(torch.tensor(added, dtype=torch.long))
+        torch.testing.assert_close(products, z[:, added].T @ z[:, index] / N, rtol=1e-11, atol=1e-11)
+        w = torch.randn(2, len(index), generator=generator, dtype=torch.float64)
+        w[:, :1] = 0
+        torch.testing.assert_close(held.combine(w), w @ z[:, index].T, rtol=1e-10, atol=1e-10)
+        places = torch.arange(len(index))[1::2]
+        found = held.correlations(z[:, :2].T, places)
+        torch.testing.assert_close(found, z[:, :2].T @ z[:, index][:, 1::2] / N, rtol=1e-10, atol=1e-10)
+
+
+def test_constant_columns_have_no_products() -> None:
+    x = torch.randn(N, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 1] = 0.1
+    held = Dense(x, x.mean(0)).columns()
+    held.add(torch.tensor([0, 1]))
+    products = held.add(torch.tensor([2, 3]))
+    assert not products[:, 1].any()
+    assert products[0, 2] > 0
+
+
+def test_only_columns_that_lie_apart_are_copied_and_few_of_them() -> None:
+    x = torch.randn(N, P, dtype=torch.float64)
+    for matrix, most in ((x, P // 8), (x.T.contiguous().T, 0)):
+        held = Dense(matrix).columns()
+        for start in range(0, 64, 4):
+            held.add(torch.arange(start, start + 4))
+            assert len(held._copy) <= most  # type: ignore[attr-defined]
+        assert len(held._copy) == 0  # type: ignore[attr-defined]
