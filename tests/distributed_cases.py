@@ -102,9 +102,15 @@ def batch(step, dtype=torch.float64, width=None):
     return x, torch.randn(8, width, generator=generator, dtype=dtype) if width else None
 
 
-def train(model, optimizer, steps, *, start=0, share=slice(None), dtype=torch.float64):
-    """Steps of least squares on the share of each batch that is this process's."""
+def train(model, optimizer, steps, *, start=0, share=slice(None), dtype=torch.float64, warm_up=0):
+    """Steps of least squares on the share of each batch that is this process's.
+
+    ``warm_up`` is the number of steps in which the learning rate grows, from 0 in the first.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(start, start + steps):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1, step / warm_up) if warm_up else rate
         x, _ = batch(step, dtype)
         out = model(x[share])
         width = out.shape[1]

@@ -1,7 +1,9 @@
 """The compiled steps of rows against torch's form of them, and against the dense computation."""
 
 import contextlib
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from sparse_cases import adam, lookups, sgd, sparse_gradient
 from torch import nn
 
 from torchreg import L1, L2, ElasticNet, ProxAdamW, ProxSGD
-from torchreg.kernels import native_rows
+from torchreg.kernels import native_rows, pages
 
 SHAPE = (50, 5)
 SGD_HYPERS = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.02, "maximize": True}]
@@ -193,3 +195,53 @@ def test_what_the_kernel_has_no_form_for_is_left_to_torch(kind, kernel, monkeypa
     opt.settle(p, torch.tensor([2]))
     assert kernel == []
     assert not torch.equal(p[2], w[2])
+
+
+@pytest.mark.parametrize("how", ["saved", "copied", "pickled", "another metric"])
+def test_numbers_of_a_row_lie_together_and_that_changes_nothing(how, tmp_path):
+    gradients = lookups(50, 20, 8, 5)
+    hyper = {"lr": 0.05, "weight_decay": 0, "penalty": L1(0.05)}
+
+    def steps(opt, p, some):
+        for rows, values in some:
+            opt.settle(p, rows)
+            p.grad = sparse_gradient(rows, values.double(), SHAPE)
+            opt.step()
+        return opt.state[p]
+
+    p = nn.Parameter(table())
+    opt = ProxAdamW([p], **hyper)
+    state = steps(opt, p, gradients[:10])
+    assert state["settled"].data_ptr() + 3 * 8 == state["row_steps"].data_ptr()
+    assert state["settled"].stride() == (4, 1)
+    q, other = copy.deepcopy((p, opt)) if how == "copied" else (nn.Parameter(p.detach().clone()), None)
+    if how == "saved":
+        torch.save(opt.state_dict(), tmp_path / "state.pt")
+        other = ProxAdamW([q], **hyper)
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    elif how == "pickled":
+        q, other = pickle.loads(pickle.dumps((p, opt)))
+    elif how == "another metric":
+        q, other = copy.deepcopy((p, opt))
+        opt.param_groups[0]["metric"] = other.param_groups[0]["metric"] = "identity"
+        with by_torch():
+            steps(other, q, gradients[10:])
+    for key in ("settled", "row_steps"):
+        assert how == "another metric" or torch.equal(other.state[q][key], state[key])
+    steps(opt, p, gradients[10:])
+    if how != "another metric":
+        steps(other, q, gradients[10:])
+    for one, parameter in ((opt, p), (other, q)):
+        one.flush()
+        assert one.state[parameter]["row_steps"].sum() == sum(len(rows.unique()) for rows, _ in gradients)
+    torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
+    assert state["settled"].data_ptr() + 8 * state["settled"].shape[1] == state["row_steps"].data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (1 << 19, 3)], ids=str)
+def test_advice_on_pages_changes_no_number(shape):
+    t = torch.ones(shape, dtype=torch.float64)
+    assert pages.advised(t) is t
+    assert torch.equal(t, torch.ones(shape, dtype=torch.float64))
+    assert torch.equal(pages.zeros_like(t), torch.zeros(shape, dtype=torch.float64))
+    assert torch.equal(pages.zeros_like(t.T if t.ndim == 2 else t), torch.zeros_like(t.T if t.ndim == 2 else t))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchreg.kernels import native, toolchain
+from torchreg.kernels import native, pages, toolchain
 
 SMALLEST = 1 << 16
 """Weights of a table from which rows are stepped by the kernel: below, building it does not pay."""
@@ -22,7 +23,11 @@ _LARGEST = 1 << 30  # entries of a gradient
 _SOURCE = Path(__file__).with_name("rows.c")
 _NUMBERS: dict[str, Any] = {
     **dict.fromkeys(
-        ("width", "count", "totals", "diagonal", "nesterov", "tabled", "identity", "penalised"), ctypes.c_int64
+        (
+            *("width", "count", "totals", "settled_pitch", "diagonal", "nesterov"),
+            *("steps_pitch", "tabled", "identity", "penalised"),
+        ),
+        ctypes.c_int64,
     ),
     **dict.fromkeys(("l1", "sign", "lr", "threshold", "divisor", "momentum", "decay"), ctypes.c_double),
     **dict.fromkeys(("beta1", "beta2", "eps", "tau"), ctypes.c_double),
@@ -34,10 +39,11 @@ class _Rows(ctypes.Structure):
     _fields_ = [
         (name, _NUMBERS.get(name, ctypes.c_void_p))
         for name in (
-            *("width", "count", "w", "rows", "settled", "totals", "now", "then", "l1", "diagonal", "scale"),
+            *("width", "count", "w", "rows"),
+            *("settled", "totals", "settled_pitch", "now", "then", "l1", "diagonal", "scale"),
             *("values", "first", "next", "sum"),
             *("sign", "lr", "threshold", "divisor", "buffer", "momentum", "decay", "nesterov"),
-            *("mean", "square", "top", "steps", "drops1", "drops2", "tabled", "identity", "penalised"),
+            *("mean", "square", "top", "steps", "steps_pitch", "drops1", "drops2", "tabled", "identity", "penalised"),
             *("beta1", "beta2", "eps", "tau"),
         )
     ]
@@ -64,14 +70,29 @@ def unavailable() -> str | None:
     return None
 
 
-def takes(p: Tensor, *beside: Tensor) -> bool:
-    """Whether there is a kernel for a table and what is kept beside it: plain tensors in one piece, on the CPU."""
+def takes(p: Tensor, *beside: Tensor, numbers: Iterable[Tensor] = ()) -> bool:
+    """Whether there is a kernel for a table and what is kept beside it: plain tensors in one piece, on the CPU.
+
+    Of what holds a number or more for each row, only those of a row have to be in one piece.
+    """
     if type(p) not in (Tensor, nn.Parameter) or type(p.data) is not Tensor or p.dtype not in native.DTYPES:
         return False
     if p.numel() < SMALLEST or torch.compiler.is_compiling():
         return False
     plain = all(t.device.type == "cpu" and t.is_contiguous() and not t.is_neg() for t in (p, *beside))
+    plain = plain and all(t.device.type == "cpu" and (t.ndim == 1 or t.stride(1) == 1) for t in numbers)
     return plain and unavailable() is None
+
+
+def lay_together(entries: dict[str, Any], keys: Sequence[str]) -> None:
+    """Make those of the entries that hold numbers of each row views of one block: the kernel reads them together."""
+    own = {key: entries[key] for key in keys if key in entries}
+    if len(own) < 2 or not any(t.is_contiguous() for t in own.values()):
+        return
+    widths = [t[0].numel() for t in own.values()]
+    block = pages.advised(torch.empty(len(next(iter(own.values()))), sum(widths), dtype=torch.float64))
+    for (key, t), columns in zip(own.items(), block.split(widths, 1), strict=True):
+        entries[key] = (columns if t.ndim == 2 else columns[:, 0]).copy_(t)
 
 
 def entries_of(index: Tensor, size: int) -> Entries | None:
@@ -135,6 +156,7 @@ def step(name: str, p: Tensor, entries: Entries, values: Tensor, betas: tuple[fl
 
 def _call(name: str, p: Tensor, rows: Tensor, **fields: Any) -> int:
     given = {key: _address(value) if isinstance(value, Tensor) else value for key, value in fields.items()}
+    given |= {f"{key}_pitch": fields[key].stride(0) for key in ("settled", "steps") if key in fields}
     view = _Rows(width=p[0].numel() if len(p) else 0, count=len(rows), w=_address(p), rows=_address(rows), **given)
     function = getattr(_library(), f"{name}_{str(p.dtype).removeprefix('torch.')}")
     function.restype = ctypes.c_int64 if name == "settle" else None
@@ -148,10 +170,6 @@ def _are_rows(index: Tensor, size: int) -> bool:
 
 def _address(t: Tensor | None) -> Any:
     return None if t is None else ctypes.c_void_p(t.data_ptr())
-
-
-def _three(totals: list[float]) -> Any:
-    return (ctypes.c_double * 3)(*totals)
 
 
 @functools.lru_cache(maxsize=8)

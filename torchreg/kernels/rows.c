@@ -15,7 +15,7 @@ typedef struct {
     const int64_t *rows;
     /* What rows have missed: see missed.py. */
     double *settled;
-    int64_t totals;
+    int64_t totals, settled_pitch; /* numbers of a row, and from one row to the next */
     double now[3], then[3], l1; /* the totals before and after a step */
     int64_t diagonal;
     const void *scale; /* the squares that the metric is of */
@@ -31,6 +31,7 @@ typedef struct {
     /* Adam */
     void *mean, *square, *top;
     double *steps;
+    int64_t steps_pitch;
     const double *drops1, *drops2; /* 1 - beta^t for the first t */
     int64_t tabled, identity, penalised;
     double beta1, beta2, eps, tau;
@@ -38,11 +39,12 @@ typedef struct {
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Into the second cache: the first takes fewer at once. */
 static void ask(const void *start, int64_t bytes)
 {
     const char *from = start, *end = from + (bytes < LINE * LINES ? bytes : LINE * LINES);
     for (; from < end; from += LINE)
-        __builtin_prefetch(from, 1);
+        __builtin_prefetch(from, 0, 2);
 }
 
 /* 1 - beta^t */
@@ -90,9 +92,19 @@ int64_t group(
     return count;
 }
 
+static inline double *settled_of(const Rows *t, int64_t row)
+{
+    return t->settled + row * t->settled_pitch;
+}
+
+static inline double *steps_of(const Rows *t, int64_t row)
+{
+    return t->steps + row * t->steps_pitch;
+}
+
 static inline int is_settled(const Rows *t, int64_t row)
 {
-    const double *since = t->settled + row * t->totals;
+    const double *since = settled_of(t, row);
     int same = 1;
     for (int64_t k = 0; k < t->totals; k++)
         same &= since[k] == t->now[k];
@@ -101,8 +113,9 @@ static inline int is_settled(const Rows *t, int64_t row)
 
 static inline void mark(const Rows *t, int64_t row, const double *totals)
 {
+    double *since = settled_of(t, row);
     for (int64_t k = 0; k < t->totals; k++)
-        t->settled[row * t->totals + k] = totals[k];
+        since[k] = totals[k];
 }
 
 #define T float
@@ -146,12 +159,12 @@ INLINE T NAME(inverse_root)(T square, T corrected, T eps)
 static int NAME(catch_up)(const Rows *t, int64_t row)
 {
     const int64_t width = t->width;
-    const double *since = t->settled + row * t->totals;
+    const double *since = settled_of(t, row);
     T *restrict w = (T *)t->w + row * width;
     if (is_settled(t, row))
         return 0;
     if (t->diagonal) {
-        const double steps = t->steps[row];
+        const double steps = *steps_of(t, row);
         const T *restrict square = (const T *)t->scale + row * width;
         const T missed = (T)((t->now[0] - since[0]) * t->l1), eps = (T)t->eps;
         const T corrected = (T)__builtin_sqrt(drop(t->beta2, t->drops2, t->tabled, steps));
@@ -173,12 +186,12 @@ int64_t NAME(settle)(const Rows *t)
     const int64_t bytes = t->width * (int64_t)sizeof(T);
     for (int64_t i = 0; i < t->count; i++) {
         if (i + 2 * AHEAD < t->count)
-            ask(t->settled + t->rows[i + 2 * AHEAD] * t->totals, t->totals * (int64_t)sizeof(double));
+            ask(settled_of(t, t->rows[i + 2 * AHEAD]), t->totals * (int64_t)sizeof(double));
         if (i + AHEAD < t->count && !is_settled(t, t->rows[i + AHEAD])) {
             const int64_t later = t->rows[i + AHEAD];
             ask((const T *)t->w + later * t->width, bytes);
             if (t->diagonal) {
-                __builtin_prefetch(t->steps + later);
+                __builtin_prefetch(steps_of(t, later));
                 ask((const T *)t->scale + later * t->width, bytes);
             }
         }
@@ -251,7 +264,7 @@ void NAME(sgd)(const Rows *t)
             ask((const T *)t->w + later, width * (int64_t)sizeof(T));
             ask((const T *)t->values + t->first[i + AHEAD] * width, width * (int64_t)sizeof(T));
             if (t->settled)
-                ask(t->settled + t->rows[i + AHEAD] * t->totals, t->totals * (int64_t)sizeof(double));
+                ask(settled_of(t, t->rows[i + AHEAD]), t->totals * (int64_t)sizeof(double));
             if (t->buffer)
                 ask((const T *)t->buffer + later, width * (int64_t)sizeof(T));
         }
@@ -319,9 +332,9 @@ void NAME(adam)(const Rows *t)
             ask((const T *)t->mean + later * width, bytes);
             ask((const T *)t->square + later * width, bytes);
             ask((const T *)t->values + t->first[i + AHEAD] * width, bytes);
-            __builtin_prefetch(t->steps + later, 1);
+            __builtin_prefetch(steps_of(t, later));
             if (t->settled)
-                ask(t->settled + later * t->totals, t->totals * (int64_t)sizeof(double));
+                ask(settled_of(t, later), t->totals * (int64_t)sizeof(double));
             if (t->top)
                 ask((const T *)t->top + later * width, bytes);
         }
@@ -330,7 +343,7 @@ void NAME(adam)(const Rows *t)
         const T *g = NAME(gradient)(t, i);
         T *w = (T *)t->w + row * width, *mean = (T *)t->mean + row * width, *square = (T *)t->square + row * width;
         T *top = t->top ? (T *)t->top + row * width : 0;
-        const double count = t->steps[row] += 1;
+        const double count = *steps_of(t, row) += 1;
         h.corrected = (T)__builtin_sqrt(drop(t->beta2, t->drops2, t->tabled, count));
         h.rate = (T)(t->lr / drop(t->beta1, t->drops1, t->tabled, count));
         if (shrinks && !identity && !top && !near)

@@ -155,9 +155,12 @@ class ProximalOptimizer(SettlingOptimizer):
                     own = _UNSHRUNK
                 taken.append((some, step if own is step.penalty else dataclasses.replace(step, penalty=own)))
                 wishes.append((group["fused"], group["foreach"]))
-        kernels.proximal_step(self._update, taken, wishes, self._fused, *((grad_scale, found_inf) if on_device else ()))
+        if not tables or any(tensors.params for tensors, _ in taken):
+            amp = (grad_scale, found_inf) if on_device else ()
+            kernels.proximal_step(self._update, taken, wishes, self._fused, *amp)
         if apart or tables:
             self._fused.clear()  # it counted before the weights were shrunk
+        if apart:
             self._proximal_operators(apart)
         self._take_row_steps(tables, grad_scale)
         for i in spread:

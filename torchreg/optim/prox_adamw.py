@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _get_scalar_dtype
 
 from torchreg import kernels
-from torchreg.kernels import native_rows
+from torchreg.kernels import native_rows, pages
 from torchreg.optim.base import (
     ProximalOptimizer,
     check_implementation,
@@ -251,7 +251,7 @@ class ProxAdamW(ProximalOptimizer):
             return None
         group = self._group_of(p)
         square, steps = _squares(group, state), state["row_steps"]
-        if not native_rows.takes(p, square, steps):
+        if not native_rows.takes(p, square, numbers=[steps]):
             return None
         return {"scale": square, "steps": steps, "beta2": float(group["betas"][1]), "eps": float(group["eps"])}
 
@@ -262,7 +262,7 @@ class ProxAdamW(ProximalOptimizer):
             state["row_steps"] = torch.full(p.shape[:1], float(state["step"]), dtype=torch.float64, device=p.device)
         for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if table.step.amsgrad else [])):
             if name not in state:
-                state[name] = torch.zeros_like(p)
+                state[name] = pages.zeros_like(p)
         state["step"] += 1
         adam_rows(table, state, seed)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchreg import kernels
-from torchreg.kernels import native_rows
+from torchreg.kernels import native_rows, pages
 from torchreg.kernels.rounding import store
 from torchreg.optim.missed import column
 from torchreg.optim.settling import RowStep, put, taken
@@ -19,7 +19,7 @@ def sgd_rows(rows: RowStep, state: dict[str, Any], seed: int | Tensor | None) ->
     """SGD with momentum, then the proximal operator; see `torchreg.ProxSGD`. Only these rows' momentum moves."""
     step: kernels.SGDStep = rows.step
     if step.momentum != 0 and state.get("momentum_buffer") is None:
-        state["momentum_buffer"] = torch.zeros_like(rows.p)
+        state["momentum_buffer"] = pages.zeros_like(rows.p)
     if rows.entries is not None:
         native_rows.step(
             "sgd",

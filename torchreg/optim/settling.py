@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg import sharding, unsettled
-from torchreg.kernels import native_rows
+from torchreg.kernels import native_rows, pages
 from torchreg.optim.groups import param_name
 from torchreg.optim.hyperparameters import rounding_seed
 from torchreg.optim.lookups import LookupHandle
@@ -177,8 +177,9 @@ class SettlingOptimizer(PenalizedOptimizer):
         if strengths.group or (strengths.l2 and self._form(group) is DIAGONAL) or grad.layout is not torch.sparse_coo:
             return None
         indices, values = grad.detach()._indices()[0], grad.detach()._values()
-        state = (t for t in self.state.get(p, {}).values() if isinstance(t, Tensor))
-        if values.dtype != p.dtype or not native_rows.takes(p, values, *state):
+        state = {key: t for key, t in self.state.get(p, {}).items() if isinstance(t, Tensor)}
+        numbers = [state.pop(key) for key in self._row_entries if key in state]
+        if values.dtype != p.dtype or not native_rows.takes(p, values, *state.values(), numbers=numbers):
             return None
         entries = native_rows.entries_of(indices, p.shape[0])
         return None if entries is None else RowStep(group, step, p, entries.rows, values, strengths, entries)
@@ -194,14 +195,13 @@ class SettlingOptimizer(PenalizedOptimizer):
                 self._settle(p, None if isinstance(table.rows, slice) else table.rows)
             keep, length = self._shrinks_by(table)
             if "settled" not in state and (keep != 1 or any(table.strengths)):
-                state["missed"], state["missed_of"] = form.start, list(table.strengths)
-                start = torch.tensor(form.start, dtype=torch.float64, device=p.device)
-                state["settled"] = start.repeat(p.shape[0], 1)
+                self._begin(p, form, table.strengths)
             if "settled" in state:
                 before = Strengths(*state["missed_of"])
                 other = before != table.strengths or len(state["missed"]) != len(form.start)
                 if other or form.must_restart(state["missed"], length, before):
-                    self._restart(p, form, table.strengths)
+                    self._settle(p)
+                    self._begin(p, form, table.strengths)
                 now, state["missed"] = state["missed"], form.after(state["missed"], length, keep, table.strengths)
                 if table.entries is not None:
                     metric = self._native_metric(p, state) if form is DIAGONAL else None
@@ -211,6 +211,8 @@ class SettlingOptimizer(PenalizedOptimizer):
                 else:
                     put(state["settled"], table.rows, _row(state["missed"], p).expand(len(table.grads), -1))
             self._step_rows(table, state, self._rounding(table, state))
+            if table.entries is not None:
+                native_rows.lay_together(state, self._row_entries)
 
     def _rounding(self, table: RowStep, state: dict[str, Any]) -> int | Tensor | None:
         """The seed of a table in half precision."""
@@ -219,12 +221,15 @@ class SettlingOptimizer(PenalizedOptimizer):
         params = (p for group in self.param_groups for p in group["params"])
         return rounding_seed(int(state.get("step", 0)) + 1, next(i for i, p in enumerate(params) if p is table.p))
 
-    def _restart(self, p: Tensor, form: ClosedForm, strengths: Strengths) -> None:
-        """Settle all rows and begin new totals."""
-        self._settle(p)
+    def _begin(self, p: Tensor, form: ClosedForm, strengths: Strengths) -> None:
+        """Begin new totals. No row has missed anything."""
         state = self.state[p]
         state["missed"], state["missed_of"] = form.start, list(strengths)
-        state["settled"] = _row(form.start, p).repeat(p.shape[0], 1)
+        start = _row(form.start, p)
+        if "settled" not in state or state["settled"].shape[1:] != start.shape[1:]:
+            room = torch.empty(p.shape[0], len(form.start), dtype=start.dtype, device=p.device)
+            state["settled"] = pages.advised(room)
+        state["settled"].copy_(start)
 
     def _settle(self, p: Tensor, rows: Tensor | None = None) -> None:
         state = self.state.get(p)
@@ -253,7 +258,7 @@ class SettlingOptimizer(PenalizedOptimizer):
         """Settle rows by the compiled kernel; False where it can't."""
         l1, l2, group = state["missed_of"]
         is_uniform = len(state["missed"]) == len(UNIFORM.start)
-        if group or (l2 and not is_uniform) or not native_rows.takes(p, state["settled"]):
+        if group or (l2 and not is_uniform) or not native_rows.takes(p, numbers=[state["settled"]]):
             return False
         metric = None if is_uniform else self._native_metric(p, state)
         if not is_uniform and metric is None:

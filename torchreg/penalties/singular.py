@@ -50,16 +50,13 @@ def soft_thresholded(a: Tensor, t: float | Tensor) -> Tensor:
     found = randomized(a, float(t)) if min(a.shape) >= SMALLEST and _is_readable(a, t) else None
     if found is not None:
         return found
-    u, s, vh = torch.linalg.svd(a, full_matrices=False)
-    return product(u * (s - t).clamp_min(0), vh) + 0
+    u, s, vh = torch.linalg.svd(_wide(a), full_matrices=False)
+    return ((u * (s - t).clamp_min(0)) @ vh).to(a.dtype) + 0
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, computed in float64."""
-    if a.device.type == "mps":
-        return a @ b
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    return (a.to(wide) @ b.to(wide)).to(a.dtype)
+    return (_wide(a) @ _wide(b)).to(a.dtype)
 
 
 @torch.no_grad()
@@ -69,7 +66,7 @@ def randomized(a: Tensor, t: float) -> Tensor | None:
         found = randomized(a.mH, t)
         return None if found is None else found.mH
     unit = float(a.abs().amax())
-    wide = a.to(torch.complex128 if a.is_complex() else torch.float64)
+    wide = _wide(a)
     wide = wide / unit if unit else wide  # so that no square leaves the range
     t = t / unit if unit else t
     norm, eps = _frobenius(wide), max(torch.finfo(a.dtype).eps, 64 * torch.finfo(torch.float64).eps)
@@ -117,6 +114,13 @@ def _is_within(w: Tensor, t: float, eps: float) -> bool:
     gap = -(w @ w.mH)
     gap.diagonal().add_(t * t * (1 + 2 * eps))
     return int(torch.linalg.cholesky_ex(gap).info) == 0
+
+
+def _wide(a: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    if a.device.type == "mps":
+        return a
+    return a.to(torch.complex128 if a.is_complex() else torch.float64)
 
 
 def _frobenius(a: Tensor) -> float:
