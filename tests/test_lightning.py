@@ -192,6 +192,33 @@ def test_several_callbacks_have_names(tmp_path):
         lightning.Trainer(callbacks=[RegularizationCallback(RULES), RegularizationCallback(RULES)], **QUIET)
 
 
+def test_two_networks_have_a_callback_and_an_optimizer_each():
+    class Two(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.automatic_optimization = False
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.first.parameters(), lr=0.1), torch.optim.Adam(self.second.parameters(), lr=0.01)
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.cross_entropy(self.second(self.first(batch[0])), batch[1]))
+                optimizer.step()
+
+    callback = RegularizationCallback({"first.weight": L1(0.1)}, "proximal", target, name="first")
+    other = RegularizationCallback({"second.weight": L1(0.1)}, "proximal", name="second")
+    model, trainer = fit(callback, Two(), more=[other])
+    assert [type(optimizer) for optimizer in trainer.strategy.optimizers] == [Proximal, Proximal]
+    assert sparsity(model.first.weight).fraction == pytest.approx(0.6, abs=0.03)
+    assert callback.regularization.steps == other.regularization.steps == 12
+    with pytest.raises(ValueError, match="one mapping of all rules"):
+        fit(RegularizationCallback(RULES, "proximal", name="a"), more=[RegularizationCallback(RULES, "proximal")])
+
+
 ROUTES = [("hook", warmup, None), ("proximal", target, scheduled), ("proximal", warmup, None)]
 
 

@@ -65,7 +65,9 @@ def made_proximal(optimizer: Optimizer, regularizer: Regularizer, schedulers: It
     """
     old = [dict(group) for group in optimizer.param_groups]
     if any(group.get("penalty") is not None for group in old):
-        raise ValueError("The optimizer's param groups have penalties already: use the route 'groups'.")
+        raise ValueError(
+            "The optimizer's param groups have penalties already: use the route 'groups', or one mapping of all rules."
+        )
     schedulers = list(schedulers)
     parts = [_divided(group, regularizer) for group in old]
     origins = [i for i, some in enumerate(parts) for _ in some]

@@ -123,7 +123,9 @@ class PenalizedOptimizer(Optimizer):
 
     def _check_not_captured(self) -> None:
         """Raise where the step would be captured that counts on the host: a replay would repeat its numbers."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or not torch.cuda.is_available():
+            return
+        if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"Steps of {type(self).__name__} can't be captured in a torch.cuda.CUDAGraph.")
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
