@@ -25,6 +25,12 @@ RULES = {"*dense.weight": L1(0.02), "*self.*.weight": L1(0.01)}
 STEPS = 12
 
 
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """Accelerate collects garbage when a training begins, which takes longer than the training."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
 class Words(Dataset):
     def __init__(self):
         generator = torch.Generator().manual_seed(1)
