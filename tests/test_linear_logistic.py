@@ -18,7 +18,7 @@ from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 
 import torchreg
-from torchreg.linear import LogisticRegression, logistic_newton
+from torchreg.linear import LogisticRegression, logistic_newton, sparse_descent
 
 cases = pytest.mark.parametrize(("x", "y"), CASES.values(), ids=CASES)
 
@@ -213,6 +213,26 @@ class TestDegenerateData:
         assert model.predict_proba(x)[:, -1].max() < 1e-6
 
 
+@pytest.mark.parametrize("C", [1e12, 1e14, 1e20])
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_strength_next_to_nothing_is_certified(case: str, fit_intercept: bool, C: float) -> None:
+    x, y = CASES[case]
+    model = LogisticRegression(C=C, l1_ratio=1.0, fit_intercept=fit_intercept).fit(x, y)
+    assert model.dual_gap_ < 1e-9  # the penalty's own size
+    if "tall" in case:
+        free = LogisticRegression(C=np.inf, fit_intercept=fit_intercept).fit(x, y)
+        np.testing.assert_allclose(model.predict_proba(x), free.predict_proba(x), atol=1e-6)
+
+
+def test_far_from_the_solution_a_small_strength_is_not_certified() -> None:
+    x, y = CASES["tall, two classes"]
+    with pytest.warns(UserWarning, match="did not converge"):
+        model = LogisticRegression(C=1e14, l1_ratio=1.0, max_iter=2).fit(x, y)
+    exact = LogisticRegression(C=np.inf).fit(x, y)
+    assert model.dual_gap_ >= objective(model, x, y) - objective(exact, x, y) > 0
+
+
 def test_separable_classes_without_a_penalty_are_named() -> None:
     x = np.array([[-2.0], [-1.0], [1.0], [2.0]])
     with pytest.warns(ConvergenceWarning, match="separable"):
@@ -273,7 +293,11 @@ def test_many_coefficients_go_by_conjugate_gradients(monkeypatch: pytest.MonkeyP
         assert model.dual_gap_ < 1e-12
 
 
-def test_a_large_sparse_matrix_goes_by_fista_and_ends_where_newton_steps_do() -> None:
+@pytest.mark.parametrize("compiler", ["", "no C compiler"])
+def test_a_large_sparse_matrix_ends_where_newton_steps_do(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By coordinate descent, or FISTA where that can't be compiled."""
+    if compiler:
+        monkeypatch.setattr(sparse_descent, "unavailable", lambda: compiler)
     rng = np.random.default_rng(0)
     x = sparse.random(1200, 1500, density=0.01, format="csr", random_state=0)
     y = (x @ rng.standard_normal(1500) + 0.3 * rng.standard_normal(1200) > 0).astype(int)

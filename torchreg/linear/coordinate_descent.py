@@ -25,6 +25,7 @@ _FIRST, _START = 1e-3, 0.03  # changes that don't count at first: so much of √
 _FALL, _STEEPEST = 0.03, 1e-5  # those of the next sweeps, relative to the last ones', at most and at least
 _SAFE = 0.05  # less than what would do, as the gap falls with the changes once no column outside matters
 _LEAST = 1e-16  # changes that are rounding
+_OFF = 1e-11  # those that are small enough also where the gap falls with their square, as it does with L2
 _STALLED = 5  # times in a row that sweeps down to those leave more than half of the gap
 _NEAR = 0.9  # of the strength: a pull from which on a column may come to matter
 
@@ -103,12 +104,12 @@ class _State(ABC):
         sweeps, stalled, gap = 0, 0, self.gap(strength)
         change = min(_FIRST, _START * gap / power) if power else 0.0
         inside = np.zeros(len(self.w), dtype=bool)
-        while gap > _TARGET * power and sweeps < limit:
+        while (gap > _TARGET * power or (strength.l2 and sweeps and change > _OFF)) and sweeps < limit:
             force = (self.pull if self.problem.positive else self.pull.abs()).numpy()
             violated = bool(((force > l1) & ~inside).any())
             if sweeps:
-                fall = _FALL if violated else max(_STEEPEST, min(_FALL, _SAFE * _TARGET * power / gap))
-                change = max(_LEAST, fall * change)
+                needed = _SAFE * _TARGET * power / gap if gap else 0.0
+                change = max(_LEAST, change * (_FALL if violated else max(_STEEPEST, min(_FALL, needed))))
             inside = (force > threshold) | (self.w != 0)
             threshold = _NEAR * l1
             sweeps += self.sweep(np.flatnonzero(inside), strength, change * power**0.5, limit - sweeps)

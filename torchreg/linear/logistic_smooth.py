@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from torchreg.linear.logistic_loss import Curvature
 from torchreg.linear.logistic_newton import LogisticSolution
 from torchreg.linear.logistic_problem import LogisticProblem
-from torchreg.linear.problem import NOT_FINITE
+from torchreg.linear.problem import NOT_FINITE, Strength
 from torchreg.linear.smooth_systems import Step, balanced, system
 
 _EXACT = 1e-30  # of the objective at zero: a Newton decrement that ends it all
@@ -51,6 +53,18 @@ def solve_smooth(problem: LogisticProblem, limit: int, start: tuple[Tensor, Tens
             break
     gap, w, intercept = best
     return LogisticSolution(w, intercept, gap, steps)
+
+
+def gap_without_penalty(problem: LogisticProblem, w: Tensor, intercept: Tensor) -> float:
+    """How far the loss is from its infimum, at most.
+
+    Args:
+        problem: whose strength is not used.
+        w: (rows, features), not worse than zero.
+        intercept: (rows,).
+    """
+    solver = _Smooth(replace(problem, strength=Strength(0.0)), (w, intercept))
+    return solver.gap(solver.direction()[0])
 
 
 class _Smooth:
