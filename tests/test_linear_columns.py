@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchreg.linear import columns
-from torchreg.linear.design import Dense, weighted_mean
+from torchreg.linear.data import columns
+from torchreg.linear.data.design import Dense, weighted_mean
 
 N, P = 300, 96
 ADDED = ([5, 80, 33], [7], [], [1, 0, 95, 40, 41, 42, 43, 44, 45, 46])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from linear_cases import large_sparse_case, largest, relative_gap
 
-from torchreg.linear import ElasticNet, Lasso, coordinate_descent, lasso_path, solver
+from torchreg.linear import ElasticNet, Lasso, lasso_path
+from torchreg.linear.lasso import coordinate_descent, solver
 
 pytestmark = pytest.mark.skipif(coordinate_descent.unavailable() is not None, reason="there is no compiler")
 

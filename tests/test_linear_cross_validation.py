@@ -10,7 +10,8 @@ import sklearn.linear_model
 from linear_cases import CASES, sparse_case, tall
 from sklearn.model_selection import KFold, ShuffleSplit
 
-from torchreg.linear import ElasticNetCV, Lasso, LassoCV, MultiTaskLassoCV, folds
+from torchreg.linear import ElasticNetCV, Lasso, LassoCV, MultiTaskLassoCV
+from torchreg.linear.paths import folds
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own
 EXACT = {"tol": 1e-12, "max_iter": 1_000_000}

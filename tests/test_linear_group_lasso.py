@@ -12,7 +12,8 @@ import torch
 from linear_cases import CASES, sparse_case
 
 import torchreg
-from torchreg.linear import GroupLasso, Lasso, MultiTaskLasso, block_descent
+from torchreg.linear import GroupLasso, Lasso, MultiTaskLasso
+from torchreg.linear.grouped import descent as block_descent
 
 SIZES = {"wide": 5, "tall": 3, "correlated": 4, "scaled": 6}
 PAGE = Path(__file__).parent.parent / "docs/linear.md"

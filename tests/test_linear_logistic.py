@@ -18,7 +18,9 @@ from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 
 import torchreg
-from torchreg.linear import LogisticRegression, logistic_newton, sparse_descent
+from torchreg.linear import LogisticRegression
+from torchreg.linear.lasso import sparse_descent
+from torchreg.linear.logistic import newton as logistic_newton
 
 cases = pytest.mark.parametrize(("x", "y"), CASES.values(), ids=CASES)
 
@@ -279,7 +281,7 @@ def test_a_working_set_that_is_too_small_grows(monkeypatch: pytest.MonkeyPatch) 
 def test_it_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = CASES["wide, three classes"]
     exact = LogisticRegression(l1_ratio=1.0).fit(x, y).coef_
-    monkeypatch.setattr("torchreg.linear.native_newton.unavailable", lambda: "switched off")
+    monkeypatch.setattr("torchreg.linear.quadratic.native_newton.unavailable", lambda: "switched off")
     np.testing.assert_allclose(LogisticRegression(l1_ratio=1.0).fit(x, y).coef_, exact, atol=1e-10)
 
 
@@ -287,7 +289,7 @@ def test_many_coefficients_go_by_conjugate_gradients(monkeypatch: pytest.MonkeyP
     for x, y in CASES.values():
         direct = LogisticRegression(C=2.0).fit(x, y)
         with monkeypatch.context() as patch:
-            patch.setattr("torchreg.linear.smooth_systems._LARGEST", 0)
+            patch.setattr("torchreg.linear.logistic.systems._LARGEST", 0)
             model = LogisticRegression(C=2.0).fit(x, y)
         np.testing.assert_allclose(model.coef_, direct.coef_, atol=1e-9)
         assert model.dual_gap_ < 1e-12

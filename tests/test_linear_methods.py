@@ -12,10 +12,11 @@ from logistic_cases import CASES as CLASSES
 from logistic_cases import classification
 from logistic_cases import relative_gap as logistic_gap
 
-from torchreg.linear import ElasticNet, Lasso, LassoCV, LogisticRegression, accelerated, coordinate_descent, lasso_path
-from torchreg.linear.design import Dense, mean_squares
-from torchreg.linear.fista import LeastSquares, solve_by_fista
-from torchreg.linear.problem import Problem, Strength
+from torchreg.linear import ElasticNet, Lasso, LassoCV, LogisticRegression, lasso_path
+from torchreg.linear.data.design import Dense, mean_squares
+from torchreg.linear.lasso import accelerated, coordinate_descent
+from torchreg.linear.lasso.fista import LeastSquares, solve_by_fista
+from torchreg.linear.lasso.problem import Problem, Strength
 
 compiled = pytest.mark.skipif(coordinate_descent.unavailable() is not None, reason="there is no compiler")
 METHODS = ["newton", "fista", pytest.param("cd", marks=compiled)]
@@ -40,8 +41,8 @@ def test_all_end_at_the_same_certificate(case: str, fraction: float, l1_ratio: f
 @pytest.fixture
 def unpolished(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Newton steps for the last digits."""
-    monkeypatch.setattr("torchreg.linear.solver._POLISHED", -1)
-    monkeypatch.setattr("torchreg.linear.logistic_solver._POLISHED", -1)
+    monkeypatch.setattr("torchreg.linear.lasso.solver._POLISHED", -1)
+    monkeypatch.setattr("torchreg.linear.logistic.solver._POLISHED", -1)
 
 
 @pytest.mark.parametrize("solver", ["fista", pytest.param("cd", marks=compiled)])
@@ -135,7 +136,7 @@ def test_newton_is_newton_also_for_large_sparse_data(monkeypatch: pytest.MonkeyP
     x, y = large_sparse_case()
     alpha = 0.2 * largest(x.toarray(), y)
     exact = Lasso(alpha).fit(x, y).coef_
-    monkeypatch.setattr("torchreg.linear.solver.solve_by_coordinates", None)
+    monkeypatch.setattr("torchreg.linear.lasso.solver.solve_by_coordinates", None)
     np.testing.assert_allclose(Lasso(alpha, solver="newton").fit(x, y).coef_, exact, atol=1e-10)
 
 

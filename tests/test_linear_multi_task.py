@@ -21,10 +21,10 @@ from torchreg.linear import (
     MultiTaskElasticNetCV,
     MultiTaskLasso,
     MultiTaskLassoCV,
-    block_descent,
     enet_path,
     lasso_path,
 )
+from torchreg.linear.grouped import descent as block_descent
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own
 ESTIMATORS = [MultiTaskLasso, MultiTaskElasticNet]

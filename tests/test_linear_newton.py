@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchreg.linear import native_newton
-from torchreg.linear.full_gram import Normal
-from torchreg.linear.newton import Minimum, factorise
-from torchreg.linear.newton import minimise as in_torch
-from torchreg.linear.problem import Strength
+from torchreg.linear.lasso.full_gram import Normal
+from torchreg.linear.lasso.problem import Strength
+from torchreg.linear.quadratic import native_newton
+from torchreg.linear.quadratic.newton import Minimum, factorise
+from torchreg.linear.quadratic.newton import minimise as in_torch
 
 
 def in_c(gram: Tensor, moment: Tensor, l1: float, l2: float = 0.0, **settings: Any) -> Minimum:

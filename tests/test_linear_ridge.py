@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.utils.estimator_checks import check_estimator
 
-import torchreg.linear.ridge_solver
+import torchreg.linear.ridge.solver
 from torchreg.linear import Ridge, RidgeCV
 
 ALPHAS = [0.01, 1.0, 30.0]
@@ -70,7 +70,7 @@ def test_sparse_data(shape: str, fit_intercept: bool, weighted: bool, monkeypatc
     expected = Ridge(0.1, fit_intercept=fit_intercept, solver="svd").fit(dense, y, weights)
     for form in ("csc", "csr", "coo"):
         close(Ridge(0.1, fit_intercept=fit_intercept).fit(x.asformat(form), y, weights).coef_, expected.coef_)
-    monkeypatch.setattr(torchreg.linear.ridge_solver, "_LARGE", 10)
+    monkeypatch.setattr(torchreg.linear.ridge.solver, "_LARGE", 10)
     model = Ridge(0.1, fit_intercept=fit_intercept).fit(x, y, weights)
     assert model.solver_ == "sparse_cg"
     close(model.coef_, expected.coef_, 1e-9)

@@ -11,7 +11,8 @@ import sklearn.linear_model
 import torch
 from linear_cases import CASES, largest, relative_gap, sparse_case
 
-from torchreg.linear import ElasticNet, Lasso, alpha_max, enet_path, lasso_path, native_newton
+from torchreg.linear import ElasticNet, Lasso, alpha_max, enet_path, lasso_path
+from torchreg.linear.quadratic import native_newton
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own
 FRACTIONS = [0.5, 0.1, 0.01]

@@ -10,10 +10,13 @@ import torch
 from logistic_cases import relative_gap
 from scipy import sparse
 
-from torchreg.linear import LogisticRegression, logistic_descent, logistic_solver, sparse_descent
-from torchreg.linear.problem import Strength
-from torchreg.linear.sparse_descent import Quadratic
-from torchreg.linear.sparse_design import Sparse
+from torchreg.linear import LogisticRegression
+from torchreg.linear.data.sparse_design import Sparse
+from torchreg.linear.lasso import sparse_descent
+from torchreg.linear.lasso.problem import Strength
+from torchreg.linear.lasso.sparse_descent import Quadratic
+from torchreg.linear.logistic import descent as logistic_descent
+from torchreg.linear.logistic import solver as logistic_solver
 
 pytestmark = pytest.mark.skipif(sparse_descent.unavailable() is not None, reason="there is no compiler")
 

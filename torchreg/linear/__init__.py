@@ -8,15 +8,15 @@ try:
 except ImportError:
     raise ImportError("torchreg.linear needs scikit-learn: pip install 'torchreg-sparse[sklearn]'") from None
 
-from torchreg.linear.cross_validation import ElasticNetCV, LassoCV
-from torchreg.linear.elastic_net import ElasticNet, Lasso
-from torchreg.linear.group_lasso import GroupLasso
-from torchreg.linear.logistic import LogisticRegression
-from torchreg.linear.multi_task import MultiTaskElasticNet, MultiTaskLasso
-from torchreg.linear.multi_task_cv import MultiTaskElasticNetCV, MultiTaskLassoCV
-from torchreg.linear.paths import alpha_max, enet_path, lasso_path
-from torchreg.linear.ridge import Ridge
-from torchreg.linear.ridge_cv import RidgeCV
+from torchreg.linear.estimators.cross_validation import ElasticNetCV, LassoCV
+from torchreg.linear.estimators.elastic_net import ElasticNet, Lasso
+from torchreg.linear.estimators.group_lasso import GroupLasso
+from torchreg.linear.estimators.logistic_regression import LogisticRegression
+from torchreg.linear.estimators.multi_task import MultiTaskElasticNet, MultiTaskLasso
+from torchreg.linear.estimators.multi_task_cv import MultiTaskElasticNetCV, MultiTaskLassoCV
+from torchreg.linear.estimators.ridge import Ridge
+from torchreg.linear.estimators.ridge_cv import RidgeCV
+from torchreg.linear.paths.path import alpha_max, enet_path, lasso_path
 from torchreg.one_standard_error import one_standard_error
 
 __all__ = [

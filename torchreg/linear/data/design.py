@@ -1,0 +1,195 @@
+"""The data matrix of a linear model as the solvers see it: centred and weighted, without a copy of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns
+
+_BLOCK = 1 << 22  # elements that are held in float64 at a time
+
+
+class Design(ABC):
+    """Z = √V(X − 1mᵀ) with weights V and column means m, of which only X is held. All results are float64."""
+
+    samples: int
+    features: int
+    device: torch.device
+    eps: float
+    """The relative rounding error of X's own dtype."""
+
+    @abstractmethod
+    def columns(self) -> Columns:
+        """An empty set of columns."""
+
+    @abstractmethod
+    def correlations(self, residuals: Tensor) -> Tensor:
+        """RZ/n for residuals R of shape (m, n): shape (m, features)."""
+
+    @abstractmethod
+    def fitted(self, w: Tensor) -> Tensor:
+        """WZᵀ for rows of coefficients W of shape (m, features): shape (m, n)."""
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """ZᵀZ/n, of shape (features, features)."""
+
+
+@dataclass(frozen=True)
+class Dense(Design):
+    """A dense matrix of shape (samples, features) in float32 or float64, in rows, in columns or strided."""
+
+    x: Tensor
+    mean: Tensor | None = None
+    """Column means in float64; None for no centring."""
+    root: Tensor | None = None
+    """Square roots of the sample weights in float64, whose squares sum to the number of samples."""
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of rows."""
+        return self.x.shape[0]
+
+    @property
+    def features(self) -> int:  # type: ignore[override]
+        """The number of columns."""
+        return self.x.shape[1]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where X is."""
+        return self.x.device
+
+    @property
+    def eps(self) -> float:  # type: ignore[override]
+        """The relative rounding error of X's own dtype."""
+        return torch.finfo(self.x.dtype).eps
+
+    def columns(self) -> Columns:
+        """An empty set of columns."""
+        return DenseColumns(self.x, self.mean, self.root)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Some columns of Z as rows, (k, n) in float64. Constant columns are zero if they are centred."""
+        rows = self.x.T[index].double()
+        if self.mean is not None:
+            mean = self.mean[index].unsqueeze(1)
+            rows -= mean
+            constant = rows.square().mean(1, keepdim=True) < (CONSTANT * self.eps * mean).square()
+            rows.masked_fill_(constant, 0)
+        return rows if self.root is None else rows.mul_(self.root)
+
+    def correlations(self, residuals: Tensor) -> Tensor:
+        """RZ/n, by one product with X."""
+        if self.root is not None:
+            residuals = residuals * self.root
+        narrow = residuals.to(self.x.dtype)
+        if len(narrow) == 1:
+            found = (self.x.T @ narrow[0]).unsqueeze(0).double()
+        elif self.x.stride(0) == 1:
+            found = (self.x.T @ narrow.T).T.double()
+        else:
+            found = (narrow @ self.x).double()
+        if self.mean is not None:
+            found -= residuals.sum(1, keepdim=True) * self.mean
+        return found / self.samples
+
+    def fitted(self, w: Tensor) -> Tensor:
+        """WZᵀ, by one product with X."""
+        found = (w.to(self.x.dtype) @ self.x.T).double()
+        if self.mean is not None:
+            found -= (w @ self.mean).unsqueeze(1)
+        return found if self.root is None else found * self.root
+
+    def gram(self) -> Tensor:
+        """ZᵀZ/n by one product; in blocks of rows where X must be centred, weighted or widened first."""
+        if self.root is None and self.x.dtype == torch.float64:
+            whole = inner(self.x)
+            if self.mean is None:
+                return whole.div_(self.samples)
+            whole.div_(self.samples).addr_(self.mean, self.mean, alpha=-1)
+            if bool((self.mean.square() <= HARMLESS * whole.diagonal()).all()):
+                return whole
+        total = torch.zeros(self.features, self.features, dtype=torch.float64, device=self.device)
+        step = max(1, _BLOCK // max(1, self.features))
+        for start in range(0, self.samples, step):
+            block = self.x[start : start + step].double()
+            if self.mean is not None:
+                block = block - self.mean
+            if self.root is not None:
+                block = block * self.root[start : start + step, None]
+            total += inner(block)
+        total /= self.samples
+        if self.mean is not None:
+            constant = total.diagonal() < (CONSTANT * self.eps * self.mean).square()
+            total.masked_fill_(constant, 0).masked_fill_(constant.unsqueeze(1), 0)
+        return total
+
+
+class Held:
+    """Columns of Z as rows of a buffer that doubles when it is full."""
+
+    def __init__(self, design: Dense) -> None:
+        self._design, self._count = design, 0
+        self._buffer = torch.empty(0, design.samples, dtype=torch.float64, device=design.device)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def rows(self) -> Tensor:
+        """The columns, (held, n)."""
+        return self._buffer[: self._count]
+
+    def add(self, index: Tensor) -> Tensor:
+        """Copy more columns: those, (new, n)."""
+        new = self._design.rows(index)
+        start, self._count = self._count, self._count + len(new)
+        if self._count > len(self._buffer):
+            room = min(max(2 * self._count, 128), self._design.features)
+            grown = self._buffer.new_empty(room, self._design.samples)
+            grown[:start] = self._buffer[:start]
+            self._buffer = grown
+        self._buffer[start : self._count] = new
+        return new
+
+
+def inner(x: Tensor) -> Tensor:
+    """XᵀX. NumPy takes a symmetric product for it, which is half the work; torch has none."""
+    if x.device.type != "cpu":
+        return x.T @ x
+    array = x.detach().numpy()
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(np.asarray(array.T @ array))
+
+
+def weighted_mean(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Column means of a matrix in float64, with weights that sum to the number of rows."""
+    if weights is None:
+        if x.dtype == torch.float64 or not len(x):
+            return x.mean(0, dtype=torch.float64)
+        total = x.new_zeros(x.shape[1], dtype=torch.float64)
+        for block in x.split(max(1, _BLOCK // max(1, x.shape[1]))):  # torch would widen all of X at once
+            total += block.double().sum(0)
+        return total / len(x)
+    return (weights.to(x.dtype) @ x).double() / x.shape[0]
+
+
+def mean_squares(design: Design) -> Tensor:
+    """ΣZ²/n of each column."""
+    if not isinstance(design, Dense):
+        return torch.as_tensor(design.squares)  # type: ignore[attr-defined]
+    n, x = max(1, design.samples), design.x
+    if design.root is None and x.dtype == torch.float64:
+        squares = torch.linalg.vector_norm(x, dim=0).square() / n
+    else:
+        step = max(1, _BLOCK // n)
+        weights = x.new_ones(len(x), dtype=torch.float64) if design.root is None else design.root.square()
+        parts = [weights @ x[:, i : i + step].double().square() / n for i in range(0, x.shape[1], step)]
+        squares = torch.cat(parts)
+    return squares if design.mean is None else (squares - design.mean.square()).clamp(min=0)

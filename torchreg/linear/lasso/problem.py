@@ -1,0 +1,109 @@
+"""Least squares with an L1 and an L2 penalty, and the duality gap that certifies a solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from torchreg.linear.data.design import Design
+
+NOT_FINITE = (
+    "Coordinate descent iterations resulted in non-finite parameter values. The input data may contain large values "
+    "and need to be preprocessed."
+)
+"""Scikit-learn's own words, whatever the solver."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The penalty l1·Σ|w| + ½·l2·Σw²."""
+
+    l1: float
+    l2: float = 0.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """½/n·‖z − Zw‖² + l1·Σ|w| + ½·l2·Σw² for given Z and z; with `positive`, over w ≥ 0."""
+
+    design: Design
+    target: Tensor
+    """z of shape (n,) in float64, centred and weighted like Z."""
+    positive: bool = False
+
+    @cached_property
+    def power(self) -> float:
+        """‖z‖²/n: twice the objective at zero."""
+        return float(self.target @ self.target) / max(1, self.design.samples)
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """Zᵀz/n, of shape (features,)."""
+        return self.design.correlations(self.target.unsqueeze(0))[0]
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest entry of Zᵀz/n (its modulus, unless `positive`): from l1 = this on, w = 0 is the solution."""
+        if not self.moment.numel():
+            return 0.0
+        return max(0.0, float((self.moment if self.positive else self.moment.abs()).max()))
+
+    @cached_property
+    def rounding(self) -> float:
+        """What correlations with a residual are off by, about."""
+        return 32 * max(self.design.eps, 1e-15) * float(self.moment.abs().max()) if self.moment.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a certificate needs to know about some w: one row, or one entry, for each."""
+
+    residual: Tensor
+    """‖z − Zw‖²/n, of shape (m,)."""
+    agreement: Tensor
+    """(z − Zw)·z/n, of shape (m,)."""
+    absolute: Tensor
+    """Σ|w|, of shape (m,)."""
+    square: Tensor
+    """Σw², of shape (m,)."""
+    pull: Tensor
+    """Zᵀ(z − Zw)/n, of shape (m, features)."""
+
+
+def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: int, positive: bool) -> Tensor:
+    """How far each w is from the smallest objective, at most: primal minus dual value at the scaled residual.
+
+    With r = z − Zw, A = Zᵀr/n − l2·w and s = min(1, l1/max|A|) (max A for `positive`) the dual value is
+    s·r·z/n − ½s²(‖r‖²/n + l2·Σw²), as in scikit-learn. Without L1 it is the gap of ridge regression,
+    ‖r‖²/n + ½·l2·Σw² − r·z/n + ½·‖Zᵀr/n‖²/l2, and without any penalty n·‖Zᵀr/n‖².
+
+    Args:
+        fit: of m coefficient vectors.
+        active: A, (m, features).
+        strengths: one for each.
+        samples: n.
+        positive: whether w ≥ 0 is asked for.
+
+    Returns:
+        shape (m,), non-negative.
+
+    Source: Fercoq, Gramfort and Salmon, Mind the duality gap, ICML 2015; Dünner et al., Primal-dual rates and
+    certificates, ICML 2016.
+    """
+    l1 = fit.residual.new_tensor([s.l1 for s in strengths])
+    l2 = fit.residual.new_tensor([s.l2 for s in strengths])
+    force = active.clamp(min=0) if positive else active.abs()
+    largest = force.amax(1) if force.shape[1] else torch.zeros_like(l1)
+    energy = fit.residual + l2 * fit.square
+    scale = torch.where(largest > l1, l1 / torch.where(largest > 0, largest, 1), 1)
+    primal = 0.5 * energy + l1 * fit.absolute
+    gaps = primal - (scale * fit.agreement - 0.5 * scale.square() * energy)
+    if bool((l1 == 0).any()):
+        pull = fit.pull.clamp(min=0) if positive else fit.pull
+        slope = pull.square().sum(1)
+        ridge = energy - 0.5 * l2 * fit.square - fit.agreement + 0.5 * slope / torch.where(l2 > 0, l2, 1)
+        gaps = torch.where(l1 > 0, gaps, torch.where(l2 > 0, ridge, samples * slope))
+    return gaps.clamp(min=0)

@@ -1,0 +1,252 @@
+"""Wide problems: the few columns that matter, found by their violations of the optimality conditions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from torchreg.linear.lasso.descent import descend
+from torchreg.linear.lasso.problem import NOT_FINITE, Fit, Problem, Strength, duality_gaps
+from torchreg.linear.lasso.solution import ACCURATE, Solution, errors, refined
+
+_FEWEST = 100  # columns that may enter at a time
+_ROOM = 1024  # columns for which a Gram matrix has room from the beginning: memory that is not written to costs nothing
+_CHUNK = 4
+_LONGEST_CHUNK = 10
+_ON_THE_WAY = 1000  # steps at most for an intermediate strength
+_FIRST = 6.0  # ratio of the largest strength to the first intermediate one
+_BY_STEPS = ((6, 10.0), (15, 1.6), (math.inf, 1.35))  # ratio to the next one, by the Newton steps at the last one
+_BY_MISSED = ((0.25, 10.0), (0.5, 4.0), (2.0, 2.0), (5.0, 1.6), (math.inf, 1.35))  # by its violators over its non-zeros
+_NEAR = 0.95  # of the strength: a correlation from which on a column may enter ahead of time
+_NEAR_VIOLATORS = 0.9  # likewise with violators: it might be the next one, and cost one more product with X
+
+
+class WorkingSet:
+    """Columns that have been needed so far, with their Gram matrix, which grows."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.index = torch.empty(0, dtype=torch.long, device=problem.design.device)
+        self.inside = torch.zeros(problem.design.features, dtype=torch.bool, device=problem.design.device)
+        self._columns = problem.design.columns()
+        self._gram = torch.empty(0, 0, dtype=torch.float64, device=problem.design.device)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def gram(self) -> Tensor:
+        """Of the columns inside."""
+        return self._gram[: len(self), : len(self)]
+
+    @property
+    def moment(self) -> Tensor:
+        """Of the columns inside."""
+        return self.problem.moment[..., self.index]
+
+    def add(self, index: Tensor) -> None:
+        """Take columns in that are not inside yet.
+
+        Raises:
+            ValueError: if they are too large for float64.
+        """
+        if not len(index):
+            return
+        start = len(self)
+        inner = self._columns.add(index)
+        if not bool(inner[:, start:].diagonal().isfinite().all()):  # by Cauchy and Schwarz none else is larger
+            raise ValueError(NOT_FINITE)
+        self.index = torch.cat([self.index, index])
+        self.inside[index] = True
+        if len(self) > len(self._gram):
+            room = min(max(2 * len(self), _ROOM), self.problem.design.features)
+            grown = self._gram.new_empty(room, room)
+            grown[:start, :start] = self._gram[:start, :start]
+            self._gram = grown
+        self._gram[start : len(self), : len(self)] = inner
+        self._gram[:start, start : len(self)] = inner[:, :start].T
+
+    def padded(self, w: Tensor) -> Tensor:
+        """Coefficients of the first columns with zeros for those that came later."""
+        return torch.nn.functional.pad(w, (0, len(self) - len(w)))
+
+    def solve(self, w: Tensor, strengths: Sequence[Strength], limit: int) -> tuple[list[Tensor], list[int]]:
+        """The minimisers over the columns inside, each from the one before, and the steps that they took."""
+        start, positive = self.padded(w), self.problem.positive
+        found = descend(self.gram, self.moment, strengths, start=start, positive=positive, limit=limit)
+        return [f.w for f in found], [f.steps for f in found]
+
+    def residuals(self, w: Tensor) -> Tensor:
+        """z − Zw for rows w of coefficients."""
+        return self.problem.target - self._columns.combine(w)
+
+    def refined(self, w: Tensor, strength: Strength) -> Tensor:
+        """`w` without the rounding of the Gram matrix, as far as X itself allows."""
+        support = torch.nonzero(w).squeeze(1)
+        pull = self._pull(w, support)
+        finer = refined(self.gram, w, pull, strength)
+        if finer is None:
+            return w
+        after = self._pull(finer, support)
+        worst, was = (float(errors(v, p, strength).abs().max()) for v, p in ((finer, after), (w, pull)))
+        return finer if worst <= was else w
+
+    def _pull(self, w: Tensor, places: Tensor) -> Tensor:
+        """Zᵀ(z − Zw)/n in some places, zero elsewhere."""
+        pull = torch.zeros_like(w)
+        pull[places] = self._columns.correlations(self.residuals(w.unsqueeze(0)), places)[0]
+        return pull
+
+
+class Check:
+    """The optimality conditions of some coefficients over all columns, by one product with X."""
+
+    def __init__(self, working: WorkingSet, w: list[Tensor], strengths: list[Strength]) -> None:
+        self.working, self.w, self.strengths = working, torch.stack(w), strengths
+        problem = working.problem
+        self.residuals = working.residuals(self.w)
+        if self.w.shape[1]:
+            self.pull = problem.design.correlations(self.residuals)
+        else:
+            self.pull = problem.moment.expand(len(self.w), -1)
+        self._l1 = self.pull.new_tensor([s.l1 for s in strengths]).unsqueeze(1)
+
+    def forces(self) -> Tensor:
+        """How strongly each column outside pulls at its coefficient of zero."""
+        force = self.pull if self.working.problem.positive else self.pull.abs()
+        return force.masked_fill(self.working.inside, 0)
+
+    def violated(self) -> list[bool]:
+        """Whether any column outside should be inside, for each."""
+        slack = self._l1 + self.working.problem.rounding
+        return (self.forces() > slack).any(1).tolist()
+
+    def gaps(self) -> list[float]:
+        """The duality gap of each."""
+        problem, n = self.working.problem, max(1, self.working.problem.design.samples)
+        l2 = self._l1.new_tensor([s.l2 for s in self.strengths]).unsqueeze(1)
+        active = self.pull.index_add(1, self.working.index, -l2 * self.w)
+        fit = Fit(
+            self.residuals.square().sum(1) / n,
+            self.residuals @ problem.target / n,
+            self.w.abs().sum(1),
+            self.w.square().sum(1),
+            self.pull,
+        )
+        return duality_gaps(fit, active, self.strengths, n, problem.positive).tolist()
+
+
+def solve_path(problem: Problem, strengths: list[Strength], limit: int, start: Tensor | None) -> Iterator[Solution]:
+    """Solutions for falling strengths, each from the one before, checked for several strengths at a time.
+
+    Before a chunk of strengths the columns enter that the sequential strong rule can't rule out: those whose
+    correlation with the residual is at least 2·l1 − l1 of the strength before, and of these only those near l1 itself:
+    most of the others never come to matter, and their Gram matrix costs more than the check that finds the few that do.
+
+    Source: Tibshirani et al., Strong rules for discarding predictors in lasso-type problems, JRSS B 2012; Qian et al.,
+    A fast and scalable framework for large-scale and ultrahigh-dimensional sparse regression, PLOS Genetics 2020.
+    """
+    working = WorkingSet(problem)
+    w, check = _begin(working, start, strengths[0])
+    forces, before = check.forces()[0], problem.largest
+    done, size, steps = 0, _CHUNK, [0] * len(strengths)
+    while done < len(strengths):
+        chunk = strengths[done : done + size]
+        _enter(working, forces, max(2 * chunk[-1].l1 - before, _NEAR * chunk[-1].l1), max(2 * _FEWEST, _nonzero(w)))
+        found, taken = working.solve(w, chunk, limit)
+        for i, more in enumerate(taken):
+            steps[done + i] += more
+        check = Check(working, found, chunk)
+        gaps, violated = check.gaps(), check.violated()
+        accepted = 0
+        while accepted < len(chunk) and not (violated[accepted] and steps[done + accepted] < limit):
+            yield Solution(working.index, found[accepted], gaps[accepted], steps[done + accepted])
+            accepted += 1
+        if accepted:
+            w, forces, before = found[accepted - 1], check.forces()[accepted - 1], chunk[accepted - 1].l1
+        if accepted < len(chunk):
+            _enter_violators(working, check, accepted)
+            size = max(2, size - 1)
+        else:
+            size = min(size + 1, _LONGEST_CHUNK)
+        done += accepted
+
+
+def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | None) -> Solution:
+    """The solution for one strength, by way of larger ones unless a start is given: the limit is for the last one only.
+
+    On correlated designs a working set that is filled at once for a small strength has solutions far from sparse, which
+    cost as much as they mislead; a sequence of strengths keeps the set close to the supports.
+    """
+    working = WorkingSet(problem)
+    w, check = _begin(working, start, strength)
+    steps = on_the_way = 0
+    if start is not None and check.gaps()[0] <= ACCURATE * problem.power and not check.violated()[0]:
+        return Solution(working.index, w, check.gaps()[0], 0)
+    before = problem.largest
+    stage = strength if start is not None else _next(before, strength, _FIRST)
+    while True:
+        _enter(working, check.forces()[0], max(2 * stage.l1 - before, _NEAR * stage.l1), max(_FEWEST, _nonzero(w)))
+        on_the_way += steps
+        (w,), (steps,) = working.solve(w, [stage], limit if stage is strength else _ON_THE_WAY)
+        if stage is strength:
+            break
+        check = Check(working, [w], [stage])
+        before, stage = stage.l1, _next(stage.l1, strength, _ratio(check, steps))
+    while True:
+        w = working.refined(w, strength)
+        check = Check(working, [w], [strength])
+        if not check.violated()[0] or steps >= limit:
+            break
+        _enter_violators(working, check, 0)
+        (w,), (taken,) = working.solve(w, [strength], limit - steps)
+        steps += taken
+    return Solution(working.index, w, check.gaps()[0], on_the_way + steps)
+
+
+def _begin(working: WorkingSet, start: Tensor | None, strength: Strength) -> tuple[Tensor, Check]:
+    """Coefficients of a working set that holds the start's support, and their check."""
+    if start is None:
+        w = working.problem.target.new_zeros(0)
+    else:
+        support = torch.nonzero(start).squeeze(1)
+        working.add(support)
+        w = start[support]
+    return w, Check(working, [w], [strength])
+
+
+def _ratio(check: Check, steps: int) -> float:
+    """To the next intermediate strength: a small one where the last one took many steps, or missed many columns."""
+    missed = int((check.forces()[0] > check.strengths[0].l1).sum()) / max(1, _nonzero(check.w[0]))
+    by_steps = next(ratio for most, ratio in _BY_STEPS if steps <= most)
+    return min(by_steps, next(ratio for most, ratio in _BY_MISSED if missed <= most))
+
+
+def _next(before: float, strength: Strength, ratio: float) -> Strength:
+    """The strength on the way to this one that is smaller than the one before by this ratio."""
+    if not 0 < strength.l1 < before / ratio:
+        return strength
+    grow = before / ratio / strength.l1
+    return Strength(strength.l1 * grow, strength.l2 * grow)
+
+
+def _nonzero(w: Tensor) -> int:
+    return int(torch.count_nonzero(w))
+
+
+def _enter(working: WorkingSet, forces: Tensor, least: float, most: int) -> None:
+    """Let columns outside in that pull at least this strongly, the strongest first."""
+    found = torch.nonzero((forces >= least) & ~working.inside).squeeze(1)
+    if len(found) > most:
+        found = found[torch.topk(forces[found], most).indices]
+    working.add(found)
+
+
+def _enter_violators(working: WorkingSet, check: Check, row: int) -> None:
+    """Let violators in, and columns that are near to be."""
+    forces, held = check.forces()[row], _nonzero(check.w[row])
+    least = _NEAR_VIOLATORS * (check.strengths[row].l1 + working.problem.rounding)
+    _enter(working, forces, least, max(_FEWEST, held))

@@ -1,0 +1,1 @@
+"""Logistic regression with an L1 and an L2 penalty: the problem, and the ways to solve it."""

@@ -1,0 +1,1 @@
+"""Solutions for many strengths, of one problem and of the folds of a cross-validation."""

@@ -1,0 +1,1 @@
+"""Newton steps on a Gram matrix, which end exactly."""
