@@ -645,3 +645,21 @@ def test_refused_input_leaves_no_hook_and_no_scale():
         TargetSparsity(optimizer, {0: 0.5, 1: 0.5}, until=5)
     assert not optimizer._preview_hooks
     assert all(group["strength_scale"] is reg.strength_scale for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["ProxSGD", "Proximal"])
+def test_a_step_on_the_ramp_can_not_be_captured(wrapped, monkeypatch):
+    """A CUDAGraph would replay its fraction; here one is only said to be captured."""
+    w = nn.Parameter(torch.arange(1.0, 11.0))
+    groups = [{"params": [w], "penalty": L1(1.0)}]
+    optimizer = Proximal(torch.optim.SGD(groups, lr=0.1)) if wrapped else ProxSGD(groups, lr=0.1)
+    asked = TargetSparsity(optimizer, 0.3, until=2)
+    w.grad = torch.zeros(10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="capture one from step 2 on; this is step 1"):
+        optimizer.step()
+    assert torch.equal(w.detach(), torch.arange(1.0, 11.0))
+    asked.step()
+    optimizer.step()
+    assert asked.reached() == {"all": 0.3}

@@ -214,6 +214,11 @@ class TargetSparsity:
 
     def _choose(self, optimizer: Any, points: list[Any]) -> None:
         """Set the scales to what makes the wanted fraction of the points zero."""
+        if self.last_epoch + 1 < self.until and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "A step before `until` can't be captured in a torch.cuda.CUDAGraph, whose replays would all ask for "
+                f"the same zeros: capture one from step {self.until} on; this is step {self.last_epoch + 1}."
+            )
         self._called = True
         for goal in self._goals:
             groups = goal.scales.groups()
