@@ -8,9 +8,22 @@ import numpy as np
 import pytest
 import torch
 from linear_cases import sparse_case, tall, wide
+from scipy import sparse
 from sklearn.base import clone
 
-from torchreg.linear import ElasticNet, ElasticNetCV, Lasso, LassoCV, alpha_max, lasso_path
+from torchreg.linear import (
+    ElasticNet,
+    ElasticNetCV,
+    Lasso,
+    LassoCV,
+    LogisticRegression,
+    Ridge,
+    RidgeCV,
+    alpha_max,
+    lasso_path,
+)
+from torchreg.linear.lasso import solver as lasso_solver
+from torchreg.linear.logistic import solver as logistic_solver
 
 ALPHA = 0.05
 
@@ -152,6 +165,70 @@ def test_sparse_data_stay_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(x), "todense", None)
     model = Lasso(ALPHA).fit(x, y)
     assert model.predict(x).shape == y.shape
+
+
+SPARSE_MODELS = {
+    "lasso": Lasso(ALPHA),
+    "cd": Lasso(ALPHA, solver="cd"),
+    "ridge": Ridge(),
+    "classes": LogisticRegression(l1_ratio=1.0),
+    "classes, L2": LogisticRegression(),
+    "folds": RidgeCV(cv=3),
+    "lasso folds": LassoCV(cv=3, alphas=[ALPHA]),
+}
+
+
+def two_values(y: Any) -> Any:
+    """Targets for regression and for classes."""
+    return np.where(y > np.median(y), 10.0, 0.0)
+
+
+@pytest.mark.parametrize("model", SPARSE_MODELS.values(), ids=SPARSE_MODELS)
+@pytest.mark.parametrize("form", ["csc", "csr"])
+def test_entries_of_one_place_are_summed(model: Any, form: str) -> None:
+    x, y = sparse_case()
+    x, y = sparse.csc_matrix(x[:, :12].toarray() + 1), two_values(y)
+    parts = [0.25 * x, 0.25 * x, 0.5 * x]
+    order = np.argsort(
+        np.concatenate([np.repeat(np.arange(12), np.diff(part.indptr)) for part in parts]), kind="stable"
+    )
+    data, rows = (np.concatenate([getattr(part, key) for part in parts])[order] for key in ("data", "indices"))
+    repeated = sparse.csc_matrix((data, rows, 3 * x.indptr), shape=x.shape).asformat(form)
+    assert repeated.nnz == 3 * x.nnz
+    found, expected = (clone(model).fit(a, y).coef_ for a in (repeated, x))
+    assert expected.any()
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    assert repeated.nnz == 3 * x.nnz
+
+
+@pytest.mark.parametrize("model", SPARSE_MODELS.values(), ids=SPARSE_MODELS)
+@pytest.mark.parametrize("large", [False, True])
+def test_sparse_entries_may_lie_apart(model: Any, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = sparse_case()
+    y = two_values(y)
+    apart = sparse.csc_matrix((np.repeat(x.data, 2)[::2], np.repeat(x.indices, 2)[::2], x.indptr), shape=x.shape)
+    assert not apart.data.flags.contiguous
+    if large:
+        monkeypatch.setattr(lasso_solver, "_POLISHED", -1)
+        monkeypatch.setattr(logistic_solver, "_POLISHED", -1)
+    found, expected = (clone(model).fit(a, y).coef_ for a in (apart, x))
+    assert expected.any()
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("model", SPARSE_MODELS.values(), ids=SPARSE_MODELS)
+@pytest.mark.parametrize("form", ["dense", "sparse", "large"])
+def test_torchs_default_device_changes_nothing(model: Any, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = sparse_case()
+    x, y = x.toarray() if form == "dense" else x, two_values(y)
+    if form == "large":
+        monkeypatch.setattr(lasso_solver, "_POLISHED", -1)
+        monkeypatch.setattr(logistic_solver, "_POLISHED", -1)
+    expected = clone(model).fit(x, y)
+    with torch.device("meta"):
+        found = clone(model).fit(x, y)
+    np.testing.assert_array_equal(found.coef_, expected.coef_)
+    np.testing.assert_array_equal(found.predict(x), expected.predict(x))
 
 
 @pytest.mark.parametrize("estimator", [Lasso, ElasticNet, LassoCV, ElasticNetCV])

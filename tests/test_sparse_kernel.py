@@ -245,3 +245,23 @@ def test_advice_on_pages_changes_no_number(shape):
     assert torch.equal(t, torch.ones(shape, dtype=torch.float64))
     assert torch.equal(pages.zeros_like(t), torch.zeros(shape, dtype=torch.float64))
     assert torch.equal(pages.zeros_like(t.T if t.ndim == 2 else t), torch.zeros_like(t.T if t.ndim == 2 else t))
+
+
+@cases
+def test_the_kernel_stays_on_the_cpu_whatever_the_default_device_is(optimizer, hyper, kernel):
+    gradients = lookups(50, 10, 8, 5)
+    with by_torch():
+        expected, _ = run(optimizer, table(), gradients, L1(0.05), hyper)
+    native_rows._drops.cache_clear()
+    p = nn.Parameter(table())
+    opt = optimizer([p], lr=0.05, penalty=L1(0.05), **hyper)
+    for t, (rows, values) in enumerate(gradients):
+        opt.param_groups[0].update(lr=0.03 + 0.02 * math.cos(t / 20), strength_scale=min(1.0, t / 20))
+        p.grad = sparse_gradient(rows, values.to(p.dtype), p.shape)
+        with torch.device("meta"):
+            opt.settle(p, rows)
+            opt.step()
+    with torch.device("meta"):
+        opt.flush()
+    assert kernel
+    torch.testing.assert_close(p.detach(), expected)

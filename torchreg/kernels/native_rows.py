@@ -90,7 +90,7 @@ def lay_together(entries: dict[str, Any], keys: Sequence[str]) -> None:
     if len(own) < 2 or not any(t.is_contiguous() for t in own.values()):
         return
     widths = [t[0].numel() for t in own.values()]
-    block = pages.advised(torch.empty(len(next(iter(own.values()))), sum(widths), dtype=torch.float64))
+    block = pages.advised(torch.empty(len(next(iter(own.values()))), sum(widths), dtype=torch.float64, device="cpu"))
     for (key, t), columns in zip(own.items(), block.split(widths, 1), strict=True):
         entries[key] = (columns if t.ndim == 2 else columns[:, 0]).copy_(t)
 
@@ -101,9 +101,9 @@ def entries_of(index: Tensor, size: int) -> Entries | None:
     n = len(index)
     if n > _LARGEST or not _are_rows(index, size):
         return None
-    slots = torch.zeros(1 << (2 * n).bit_length(), dtype=torch.int32)
-    first, last, following = torch.empty(3, n, dtype=torch.int32)
-    rows = torch.empty(n, dtype=torch.int64)
+    slots = torch.zeros(1 << (2 * n).bit_length(), dtype=torch.int32, device="cpu")
+    first, last, following = torch.empty(3, n, dtype=torch.int32, device="cpu")
+    rows = torch.empty(n, dtype=torch.int64, device="cpu")
     count = _library().group(
         *(_address(index), ctypes.c_int64(n), _address(slots), ctypes.c_uint64(len(slots) - 1)),
         *map(_address, (rows, first, last, following)),
@@ -147,7 +147,7 @@ def step(name: str, p: Tensor, entries: Entries, values: Tensor, betas: tuple[fl
     if betas:
         drops = [_drops(beta) for beta in betas]
         fields |= dict(zip(("beta1", "beta2"), betas, strict=True), drops1=drops[0], drops2=drops[1], tabled=TABLED)
-    room = torch.empty(values.shape[1:], dtype=values.dtype)
+    room = torch.empty(values.shape[1:], dtype=values.dtype, device="cpu")
     links = {**entries.missed, "first": entries.first, "next": entries.next, "values": values, "sum": room}
     _call(name, p, entries.rows, **{**links, **fields})
     written = (fields.get(key) for key in ("buffer", "mean", "square", "top", "steps"))
@@ -175,7 +175,7 @@ def _address(t: Tensor | None) -> Any:
 @functools.lru_cache(maxsize=8)
 def _drops(beta: float) -> Tensor:
     """1 − βᵗ for the first t."""
-    return 1 - beta ** torch.arange(TABLED, dtype=torch.float64)
+    return 1 - beta ** torch.arange(TABLED, dtype=torch.float64, device="cpu")
 
 
 @functools.cache

@@ -257,7 +257,7 @@ class ProxAdamW(ProximalOptimizer):
 
     def _step_rows(self, table: RowStep, state: dict[str, Any], seed: int | Tensor | None) -> None:
         p = table.p
-        state.setdefault("step", torch.zeros(()))
+        state.setdefault("step", torch.zeros((), device="cpu"))
         if "row_steps" not in state:
             state["row_steps"] = torch.full(p.shape[:1], float(state["step"]), dtype=torch.float64, device=p.device)
         for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if table.step.amsgrad else [])):

@@ -217,7 +217,7 @@ class ProxSGD(ProximalOptimizer):
 
     def _step_rows(self, table: RowStep, state: dict[str, Any], seed: int | Tensor | None) -> None:
         if seed is not None:
-            state["step"] = state.get("step", torch.zeros(())) + 1
+            state["step"] = state.get("step", torch.zeros((), device="cpu")) + 1
         sgd_rows(table, state, seed)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:

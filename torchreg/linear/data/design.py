@@ -183,7 +183,7 @@ def weighted_mean(x: Tensor, weights: Tensor | None) -> Tensor:
 def mean_squares(design: Design) -> Tensor:
     """ΣZ²/n of each column."""
     if not isinstance(design, Dense):
-        return torch.as_tensor(design.squares)  # type: ignore[attr-defined]
+        return torch.from_numpy(design.squares)  # type: ignore[attr-defined]
     n, x = max(1, design.samples), design.x
     if design.root is None and x.dtype == torch.float64:
         squares = torch.linalg.vector_norm(x, dim=0).square() / n

@@ -102,6 +102,7 @@ def read(
         y = check_array(y, dtype=x.dtype.type, ensure_2d=False, input_name="y")
     elif sample_weight is None and not sparse.issparse(x) and not x.flags.f_contiguous:
         raise ValueError("Expected X in columns (Fortran order) with check_input=False, got it in rows.")
+    x = without_duplicates(x)
     if isinstance(sample_weight, numbers.Number):
         sample_weight = None
     if sample_weight is not None:
@@ -114,6 +115,14 @@ def read(
     weights = None if sample_weight is None else _normalised(as_tensor(sample_weight).to(device, torch.float64))
     writeable = not sparse.issparse(x) and x.flags.writeable
     return Data(matrix, targets.reshape(len(targets), -1), y.ndim == 1, weights, None, writeable)
+
+
+def without_duplicates(x: Any) -> Any:
+    """An array, or a sparse matrix with one entry for each place, in order: a copy if it has others."""
+    if sparse.issparse(x) and not x.has_canonical_format:
+        x = x.copy()
+        x.sum_duplicates()
+    return x
 
 
 def refuse_infinite(estimator: Any, x: Any) -> None:
@@ -141,7 +150,7 @@ def _read_tensors(estimator: Any, x: Tensor, y: Any, sample_weight: Any, finite:
     x = x.detach()
     matrix: Any = _scipy(x, dtype) if x.layout != torch.strided else x.to(device, dtype)
     device = device if isinstance(matrix, Tensor) else torch.device("cpu")
-    y = torch.as_tensor(np.asarray(y) if not isinstance(y, Tensor) else y).detach().to(device, torch.float64)
+    y = torch.as_tensor(y if isinstance(y, Tensor) else np.asarray(y), device=device).detach().double()
     if y.ndim not in (1, 2) or len(y) != len(x):
         raise ValueError(
             f"Found input variables with inconsistent numbers of samples: X has shape {tuple(x.shape)}, "
@@ -154,7 +163,7 @@ def _read_tensors(estimator: Any, x: Tensor, y: Any, sample_weight: Any, finite:
     if sample_weight is None or isinstance(sample_weight, numbers.Number):
         weights = None
     else:
-        weights = torch.as_tensor(sample_weight).detach().to(device, torch.float64)
+        weights = torch.as_tensor(sample_weight, dtype=torch.float64, device=device).detach()
         if weights.shape != (len(x),) or not bool((weights >= 0).all() & weights.isfinite().all()):
             raise ValueError(f"Expected {len(x)} finite non-negative sample weights, got shape {tuple(weights.shape)}.")
         weights = _normalised(weights)

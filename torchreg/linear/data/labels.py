@@ -14,7 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
-from torchreg.linear.data.inputs import Data, as_tensor, asked_dtype, read
+from torchreg.linear.data.inputs import Data, as_tensor, asked_dtype, read, without_duplicates
 
 _SMALL_INDICES = ("liblinear", "sag", "saga")  # solvers that scikit-learn refuses 64-bit indices for
 
@@ -66,7 +66,7 @@ def read_labelled(estimator: Any, x: Any, y: Any, sample_weight: Any, class_weig
         check_classification_targets(y)
         classes, codes = np.unique(y, return_inverse=True)
         device = torch.device("cpu" if estimator.device == "auto" or sparse.issparse(x) else estimator.device)
-        matrix = x if sparse.issparse(x) else as_tensor(x).to(device)
+        matrix = without_duplicates(x) if sparse.issparse(x) else as_tensor(x).to(device)
         data = Data(matrix, torch.from_numpy(codes).to(device).unsqueeze(1).double(), True, None, None)
     if len(classes) < 2:
         raise ValueError(

@@ -82,7 +82,7 @@ class Sparse(Design):
     def gram(self) -> Tensor:
         """ZᵀZ/n, dense."""
         columns = self.columns()
-        return columns.add(torch.arange(self.features))
+        return columns.add(torch.arange(self.features, device="cpu"))
 
 
 class _SparseColumns(Columns):

@@ -170,7 +170,9 @@ class LogisticRegression(sklearn.linear_model.LogisticRegression):
         if not self.warm_start or not hasattr(self, "coef_"):
             return None
         coef = self.coef_.toarray() if sparse.issparse(self.coef_) else self.coef_
-        w, intercept = (torch.as_tensor(a).to(read.codes.device, torch.float64) for a in (coef, self.intercept_))
+        w, intercept = (
+            torch.as_tensor(a, dtype=torch.float64, device=read.codes.device) for a in (coef, self.intercept_)
+        )
         features = read.data.x.shape[1] - penalised
         if w.shape != (rows, features):
             raise ValueError(f"Initialization coef is of shape {tuple(w.shape)}, expected shape {(rows, features)}")

@@ -201,11 +201,11 @@ class RidgeCV(TensorPrediction, sklearn.linear_model.RidgeCV):
         spectrum = Spectrum(problem, float(alphas.min()) / (mass * share))
         model = Ridge(fit_intercept=self.fit_intercept)
         scorer = check_scoring(model, scoring=self.scoring)
-        x, truth = _rows(data.x, test), _array(data.y[torch.as_tensor(test)])
+        x, truth = _rows(data.x, test), _array(data.y[torch.as_tensor(test, device=data.y.device)])
         truth = truth[:, 0] if data.single else truth
         weights = {}
         if data.weights is not None and _takes_weights(scorer):
-            weights["sample_weight"] = _array(data.weights[torch.as_tensor(test)]) * mass
+            weights["sample_weight"] = _array(data.weights[torch.as_tensor(test, device=data.y.device)]) * mass
         on_tensors = data.home is not None and isinstance(x, Tensor)
         scores = []
         for alpha in alphas:

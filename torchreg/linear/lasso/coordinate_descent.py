@@ -60,7 +60,7 @@ def solve_by_coordinates(
     """
     state = (_SparseState if isinstance(problem.design, Sparse) else _DenseState)(problem, start)
     before, found = problem.largest, []
-    every = torch.arange(problem.design.features)
+    every = torch.arange(problem.design.features, device="cpu")
     for strength in strengths:
         gap, sweeps = state.descend(strength, max(2 * strength.l1 - before, 0.0), limit)
         before = strength.l1
@@ -94,7 +94,7 @@ class _State(ABC):
         largest = active.max() if self.problem.positive else max(active.max(), -active.min())
         slope = 0.0 if strength.l1 else np.linalg.norm(pull.clip(min=0) if self.problem.positive else pull)
         numbers = r @ r / n, r @ self.problem.target / n, np.abs(w).sum(), w @ w, [slope]
-        fit = Fit(*(torch.tensor([a], dtype=torch.float64) for a in numbers))
+        fit = Fit(*(r.new_tensor([a]) for a in numbers))
         forces = r.new_tensor([[largest]])  # the largest is all that counts, and of the slopes their norm
         return float(duality_gaps(fit, forces, [strength], n, self.problem.positive)[0])
 

@@ -43,10 +43,11 @@ class Quadratic:
         self.w = np.zeros(self.features)
         self.squares = np.full(self.features, np.nan)
         self.means = np.zeros(self.features) if centred else None
-        self._kept = [np.ascontiguousarray(a, dtype=np.int32) for a in (x.indices, x.indptr)]
+        self._kept = [np.ascontiguousarray(x.data)]
+        self._kept += [np.ascontiguousarray(a, dtype=np.int32) for a in (x.indices, x.indptr)]
         self._library = _library(x.dtype.name)
         self._c = _Quadratic(samples=design.samples, positive=positive)
-        self._point(values=x.data, rows=self._kept[0], starts=self._kept[1])
+        self._point(**dict(zip(("values", "rows", "starts"), self._kept, strict=True)))
         self._point(squares=self.squares, means=self.means)
 
     def _point(self, **arrays: Any) -> None:

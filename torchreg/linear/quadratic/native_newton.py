@@ -44,7 +44,7 @@ def minimise_all(
     """
     k, count = len(moment), len(l1)
     gram, moment = gram if gram.stride(-1) == 1 else gram.contiguous(), moment.contiguous()
-    w = torch.zeros(count, k, dtype=torch.float64)
+    w = torch.zeros(count, k, dtype=torch.float64, device="cpu")
     if start is not None:
         w[0] = start
     steps = np.empty(count, dtype=np.int64)

@@ -56,7 +56,7 @@ class RidgeProblem:
             gram = self.design.gram().mul_(self.design.samples)
             return gram, gram.diagonal().clone()
         if isinstance(self.design, Sparse):
-            return self._sparse_outer(self.design), torch.empty(0)
+            return self._sparse_outer(self.design), torch.empty(0, device="cpu")
         outer = self.targets.new_zeros(self.design.samples, self.design.samples)
         squares = []
         for _, rows in self._blocks():
