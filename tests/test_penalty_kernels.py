@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -326,6 +327,33 @@ def test_gradients_that_are_asked_for_are_returned_and_no_others_change(monkeypa
         ours, theirs = both(monkeypatch, asked)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("of", [lambda g: g, lambda g: g.detach()], ids=["itself", "detached"])
+def test_a_gradient_that_another_term_reads_keeps_its_value_until_then(of, spy):
+    model = a_model()
+    grads = [g.clone() for g in graded(model)]
+    others = sum((of(p.grad) * p).sum() for p in model.parameters())
+    (others + Regularizer(model, L1(0.3))()).backward()
+    assert spy.taken() == (1, 1)
+    for p, g in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g + (0.3 * p.detach().sign() if p.ndim > 1 else 0))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
+def test_anomaly_detection_sees_nan_in_gradients(spy):
+    model = a_model()
+    graded(model)
+    model["single_"].weight.data[0, 0] = math.nan
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match=r"PenaltyTermBackward.*nan"):
+        Regularizer(model, L2(0.3))().backward()
+    assert spy.taken() == (1, 1)
+
+
+def test_a_table_is_not_of_weights_that_have_shrunk_where_they_are():
+    w = torch.ones(LARGE, LARGE)
+    assert PenaltyTable.of([w], [(0.3, 0.0)]).is_of([w.detach()])
+    assert not PenaltyTable.of([w], [(0.3, 0.0)]).is_of([w[: LARGE // 2]])
 
 
 @pytest.mark.parametrize("kind", ["other layout", "sparse", "needs a gradient", "data moved"])

@@ -37,16 +37,25 @@ class PenaltyTerm(torch.autograd.Function):
 def _accumulated(w: Tensor, node: Any) -> Tensor | None:
     """The ``w.grad`` that autograd is about to add to in place, where only it would see what is added; else None.
 
-    Others would if gradients were returned (`torch.autograd.grad`) or recorded, or if hooks were called with them.
+    Others would if gradients were returned (`torch.autograd.grad`) or recorded, if hooks were called with them or NaN
+    was looked for in them, or if what is there is part of another term, whose backward pass is still to come.
     """
-    if w.device.type != "cpu" or not w.is_leaf or w.grad is None or w.grad.requires_grad or torch.is_grad_enabled():
+    if w.device.type != "cpu" or not w.is_leaf or w._backward_hooks or w._post_accumulate_grad_hooks:
         return None
-    if w._backward_hooks or w._post_accumulate_grad_hooks:
+    if type(grad := w.grad) is not Tensor or grad.layout is not torch.strided or grad.requires_grad:
+        return None
+    if torch.is_grad_enabled() or torch.is_anomaly_enabled() or _is_shared(grad):
         return None
     try:
-        return w.grad if torch._C._will_engine_execute_node(node) else None
+        return grad if torch._C._will_engine_execute_node(node) else None
     except RuntimeError:  # gradients are returned
         return None
+
+
+def _is_shared(grad: Tensor) -> bool:
+    """Whether anything but the weight and Python holds a gradient or its memory."""
+    users: int = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # the object in Python is one of them
+    return users > 2 or grad._use_count() > 2  # type: ignore[attr-defined]
 
 
 class ShardedPenaltyTerm(torch.autograd.Function):
