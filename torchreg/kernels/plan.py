@@ -134,9 +134,10 @@ class Plan:
         """Only the gradients and buffers may have moved. Whether that is so, and all of them are contiguous."""
         together, rows = [], {}
         for row, entries in ((1, tensors.grads), *((COLUMNS.index(n), b) for n, b in tensors.buffers().items())):
-            rows[row] = np.fromiter(map(Tensor.data_ptr, entries), np.int64, len(entries)) if entries else 0
-            if row == 1 or not np.array_equal(table[row], rows[row]):
+            addresses = list(map(Tensor.data_ptr, entries)) or [0] * len(tensors.params)
+            if row == 1 or addresses != table[row].tolist():
                 together += entries
+                rows[row] = addresses
         if any(map(Tensor.is_neg, together)) or not all(map(Tensor.is_contiguous, together)):
             return False
         if {t.dtype for t in together} != {self.dtype}:

@@ -35,8 +35,11 @@ def run(function: Any, argument: Any, pieces: Any) -> None:
 
 def _cuts(pieces: Any) -> list[int]:
     """Where the pieces are divided among threads."""
-    count, threads, ends = pieces.shape[1], torch.get_num_threads(), np.cumsum(pieces[2])
-    if threads == 1 or ends[-1] < _SMALLEST:
+    count, threads = pieces.shape[1], torch.get_num_threads()
+    if threads == 1:
+        return [0, count]
+    ends = np.cumsum(pieces[2])
+    if ends[-1] < _SMALLEST:
         return [0, count]
     shares = np.linspace(0, ends[-1], threads + 1)[1:-1]
     return sorted({0, *(int(cut) for cut in np.searchsorted(ends, shares)), count})
