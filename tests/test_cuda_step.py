@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from feature_cases import FEATURES, PENALTIES, STEPS, Part, batch, data_loss, network
 from optimizer_cases import (
     forms,
     forms_and_dtypes,
@@ -16,7 +17,7 @@ from optimizer_cases import (
 )
 from torch import nn
 
-from torchreg import L1, ElasticNet, GroupLasso, ProxSGD, SparseGroupLasso
+from torchreg import L1, ElasticNet, GroupLasso, Proximal, ProxSGD, Regularizer, SparseGroupLasso, freeze_zeros
 from torchreg.kernels import triton_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -114,4 +115,55 @@ def test_a_cuda_graph_replays_the_step_with_new_numbers(case, form, dtype):
         graph.replay()
         other.step()
     for a, b in zip(snapshot(params), snapshot(others), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+CAPTURED = {  # the feature's own optimizer is not made for capture
+    "Proximal": lambda reg: Part(Proximal(torch.optim.SGD(reg.param_groups(), lr=0.1, momentum=0.9))),
+    "freeze_zeros": lambda reg: Part(
+        torch.optim.Adam(reg.model.parameters(), lr=0.1, capturable=True), kept=[freeze_zeros(reg)]
+    ),
+}
+
+
+def trained_by_captured_steps(feature, penalty, captured):
+    """What a feature ends with after steps whose gradients change in place, replayed or taken one by one."""
+    model = network(feature).cuda()
+    reg = Regularizer(model, PENALTIES[penalty])
+    part = CAPTURED.get(feature, FEATURES[feature])(reg)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def backward(step):
+        part.optimizer.zero_grad(set_to_none=False)
+        data_loss(model, *batch(step, "cuda")).backward()
+
+    backward(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        part.optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    part.after_step()
+    graph = torch.cuda.CUDAGraph()
+    if captured:
+        with torch.cuda.graph(graph):
+            part.optimizer.step()
+    for step in range(1, STEPS):
+        backward(step)
+        graph.replay() if captured else part.optimizer.step()
+        part.after_step()
+    return [*snapshot(model.parameters()), *part.found()]
+
+
+@pytest.mark.parametrize(
+    ("penalty", "feature"),
+    [
+        *(("L1", name) for name in ("hook", "Proximal", "SparsityMonitor", "freeze_zeros", "compact")),
+        ("GroupLasso", "ProxSGD"),
+    ],
+)
+def test_a_captured_step_of_a_feature_replays_with_new_gradients(penalty, feature):
+    replayed, plain = (trained_by_captured_steps(feature, penalty, captured) for captured in (True, False))
+    for a, b in zip(replayed, plain, strict=True):
         torch.testing.assert_close(a, b)
