@@ -15,6 +15,7 @@ from torchreg import sharding
 from torchreg.goals import Goal, checked_fraction, goals, place
 from torchreg.monitor.transfer import Transfer, fetch
 from torchreg.optim.groups import acting, checked_scale
+from torchreg.optim.penalized import is_captured
 from torchreg.penalties import sharded
 from torchreg.penalties.base import Step, host_scalar
 from torchreg.penalties.grouped import Grouped
@@ -214,7 +215,7 @@ class TargetSparsity:
 
     def _choose(self, optimizer: Any, points: list[Any]) -> None:
         """Set the scales to what makes the wanted fraction of the points zero."""
-        if self.last_epoch + 1 < self.until and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if self.last_epoch + 1 < self.until and is_captured():
             raise RuntimeError(
                 "A step before `until` can't be captured in a torch.cuda.CUDAGraph, whose replays would all ask for "
                 f"the same zeros: capture one from step {self.until} on; this is step {self.last_epoch + 1}."

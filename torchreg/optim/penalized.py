@@ -22,6 +22,13 @@ from torchreg.optim.groups import (
 from torchreg.optim.loading import all_or_nothing
 
 
+def is_captured() -> bool:
+    """Whether what happens now is captured in a torch.cuda.CUDAGraph, whose replays would repeat the host's numbers."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
 class PenalizedOptimizer(Optimizer):
     """An optimizer whose groups may hold ``penalty`` and ``strength_scale``."""
 
@@ -123,9 +130,7 @@ class PenalizedOptimizer(Optimizer):
 
     def _check_not_captured(self) -> None:
         """Raise where the step would be captured that counts on the host: a replay would repeat its numbers."""
-        if torch.compiler.is_compiling() or not torch.cuda.is_available():
-            return
-        if torch.cuda.is_current_stream_capturing():
+        if is_captured():
             raise RuntimeError(f"Steps of {type(self).__name__} can't be captured in a torch.cuda.CUDAGraph.")
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
