@@ -11,8 +11,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
 
+# Two processes of one thread each: with two threads each they wait for each other, which took twice as long.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # A tour of TensorBoard's page in headless Chromium (apt-get install chromium chromium-driver); pictures in runs/tour.
 test-browser: $(VENV)/.browser
