@@ -131,6 +131,30 @@ def test_the_first_dependent_column_is_found() -> None:
     assert factorise(x.T @ x)[1] == 4
 
 
+@pytest.mark.parametrize("positive", [False, True])
+def test_a_factor_that_many_columns_leave_and_enter_stays_right(positive: bool) -> None:
+    """Columns that leave are rotated out of the rows behind them, which are then not computed anew."""
+    if reason := native_newton.unavailable():
+        pytest.skip(reason)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((150, 200))
+    for j in range(1, 200):
+        x[:, j] = 0.8 * x[:, j - 1] + 0.6 * x[:, j]
+    x *= 10.0 ** rng.integers(-3, 3, 200)
+    gram, moment = torch.from_numpy(x.T @ x), torch.from_numpy(x.T @ (x @ rng.standard_normal(200)))
+    largest = float((moment / gram.diagonal().sqrt()).abs().max())
+    l1 = [largest * s for s in np.exp(rng.uniform(-8, 0, 60))]
+    l2 = [1e-3 * largest] * 60
+    start = None
+    for found, a, b in zip(native_newton.minimise_all(gram, moment, l1, l2, positive=positive), l1, l2, strict=True):
+        expected = in_torch(gram, moment, a, b, positive=positive, start=start)
+        start = expected.w
+        assert found.exact
+        assert torch.equal(found.w != 0, expected.w != 0)
+        unit = gram.diagonal().sqrt()
+        torch.testing.assert_close(found.w * unit, expected.w * unit, rtol=1e-9, atol=1e-11 * float(unit.max()))
+
+
 def test_compiled_paths_are_those_of_torch() -> None:
     if reason := native_newton.unavailable():
         pytest.skip(reason)

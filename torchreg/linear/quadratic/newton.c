@@ -1,5 +1,5 @@
 /* newton.py in C, for a sequence of strengths. Rows of the Cholesky factor are kept while the columns before them stay
-   the same: a column that enters costs one row, not a new factor. The constants of newton.py come before this text. */
+   the same: a column that enters costs one row, not a new factor, and one that leaves is rotated out of it. The constants of newton.py come before this text. */
 
 #include <math.h>
 #include <stdint.h>
@@ -7,6 +7,7 @@
 #include <string.h>
 
 enum { TILE = 4, BLOCK = 16 }; /* rows of a tile, and rows that are taken on together: several tiles */
+enum { ROTATION = 36 };        /* a column is rotated out of n rows while n²·ROTATION of rows³ are computed anew */
 
 typedef struct {
     int64_t k;          /* columns */
@@ -90,9 +91,74 @@ static void advance(Faces *f, int64_t i) {
     }
 }
 
+/* The factor's rows without the one at a position: those behind it lose a column to rotations, which take TILE rows
+   at a time, each a chain of dependent operations. */
+static void rotate(Faces *f, int64_t position) {
+    int64_t last = f->known - 1, from = position;
+    for (int64_t top = position; top < last; top += TILE) { /* rows that are written; each is read from the next */
+        int64_t rows = last - top < TILE ? last - top : TILE, common = top - position;
+        double carry[TILE] = {0};
+        for (int64_t r = 0; r < rows; r++) {
+            double *row = f->factor + (top + r) * f->k;
+            memcpy(row, row + f->k, position * sizeof(double));
+            carry[r] = row[f->k + from];
+        }
+        if (rows == TILE) {
+            double *a = f->factor + top * f->k + from, *b = a + f->k, *c = b + f->k, *d = c + f->k, *e = d + f->k;
+            for (int64_t t = 0; t < common; t++) {
+                double cosine = f->u[t], sine = f->v[t], p = b[t + 1], q = c[t + 1], x = d[t + 1], y = e[t + 1];
+                a[t] = cosine * carry[0] + sine * p, carry[0] = cosine * p - sine * carry[0];
+                b[t] = cosine * carry[1] + sine * q, carry[1] = cosine * q - sine * carry[1];
+                c[t] = cosine * carry[2] + sine * x, carry[2] = cosine * x - sine * carry[2];
+                d[t] = cosine * carry[3] + sine * y, carry[3] = cosine * y - sine * carry[3];
+            }
+        } else {
+            common = 0;
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            double *row = f->factor + (top + r) * f->k + from, *next = row + f->k;
+            for (int64_t t = common; t < top + r - position; t++) {
+                row[t] = f->u[t] * carry[r] + f->v[t] * next[t + 1];
+                carry[r] = f->u[t] * next[t + 1] - f->v[t] * carry[r];
+            }
+            int64_t t = top + r - position;
+            row[t] = hypot(carry[r], next[t + 1]);
+            f->u[t] = carry[r] / row[t], f->v[t] = next[t + 1] / row[t];
+        }
+    }
+    memmove(f->order + position, f->order + position + 1, (last - position) * sizeof(int64_t));
+    f->known = last;
+}
+
+/* Take columns that have left the face out of the factor, where that is less work than its rows from there on. */
+static void shrink(Faces *f) {
+    int64_t known = 0, left = 0, kept = 0, first = -1;
+    double work = 0;
+    memset(f->inside, 0, f->k);
+    for (int64_t i = 0; i < f->size; i++) f->inside[f->index[i]] = 1;
+    for (; known < f->known; known++) {
+        if (kept < f->size && f->order[known] == f->index[kept]) {
+            kept++;
+        } else if (!f->inside[f->order[known]]) {
+            if (first < 0) first = known;
+            f->found[left++] = known;
+        } else {
+            break;
+        }
+    }
+    while (left && f->found[left - 1] == known - 1) left--, known--; /* the last ones go for free */
+    for (int64_t i = 0; i < left; i++) work += (double)(known - f->found[i]) * (known - f->found[i]);
+    double anew = (double)kept * kept * kept - (double)first * first * first;
+    if (left && ROTATION * work < anew) {
+        f->known = known;
+        while (left--) rotate(f, f->found[left]);
+    }
+}
+
 /* Complete the factor; the first column that depends on those before it, or -1. */
 static int64_t factorise(Faces *f) {
     int64_t i = 0;
+    shrink(f);
     while (i < f->known && i < f->size && f->order[i] == f->index[i]) i++;
     int64_t first = i; /* of the block: its rows are known up to this column */
     for (; i < f->size; i++) {
