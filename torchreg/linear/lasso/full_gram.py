@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torchreg.linear.lasso.descent import descend
 from torchreg.linear.lasso.problem import NOT_FINITE, Fit, Problem, Strength, duality_gaps
 from torchreg.linear.lasso.solution import ACCURATE, Solution, refined
 
+_FEW = 1 << 20  # products at most, for which one solution is refined on X in any case
 _CLOSE = 1e-6  # of ‖z‖²: a residual below is a difference of nearly equal numbers where it comes from the Gram matrix
 
 
@@ -64,26 +66,28 @@ def solve_on_gram(
         if len(strengths) == 1 and gap <= ACCURATE * normal.power:
             limit = 0
     w, steps = normal.path(strengths, limit, start)
+    every = torch.arange(w.shape[1], device=w.device)
+    if len(strengths) == 1 and w.numel() * problem.design.samples <= _FEW:
+        return [_on_data(problem, normal, Solution(every, w[0], math.inf, steps[0]), strengths[0])]
     fit = normal.fit(w)
     gaps = normal.gaps(w, strengths, fit)
-    every = torch.arange(w.shape[1], device=w.device)
     solutions = [Solution(every, row, gap, taken) for row, gap, taken in zip(w, gaps, steps, strict=True)]
     close = fit.residual <= _CLOSE * normal.power
-    if len(strengths) == 1 and w.numel() * problem.design.samples <= 1 << 20:
-        close = torch.ones_like(close)
     for i in torch.nonzero(close).squeeze(1).tolist():
         solutions[i] = _on_data(problem, normal, solutions[i], strengths[i])
     return solutions
 
 
 def _on_data(problem: Problem, normal: Normal, solution: Solution, strength: Strength) -> Solution:
-    """The solution with residuals that are computed, not inferred from the Gram matrix."""
-    best = solution
-    w = solution.values
+    """The solution with residuals that are computed, not inferred from the Gram matrix, and its gap."""
+    n, w, least = max(1, problem.design.samples), solution.values, math.inf
     for attempt in range(3):
         residual = problem.target - problem.design.fitted(w.unsqueeze(0))
-        n = max(1, problem.design.samples)
         pull = problem.design.correlations(residual)
+        finer, worst = refined(normal.gram, w, pull[0], strength)
+        if attempt and worst > least:
+            break
+        least, best = worst, w
         fit = Fit(
             residual.square().sum(1) / n,
             residual @ problem.target / n,
@@ -91,11 +95,8 @@ def _on_data(problem: Problem, normal: Normal, solution: Solution, strength: Str
             w.square().sum().unsqueeze(0),
             pull,
         )
-        gap = normal.gaps(w.unsqueeze(0), [strength], fit)[0]
-        if attempt == 0 or gap < best.gap:
-            best = Solution(solution.index, w, gap, solution.steps)
-        finer = refined(normal.gram, w, pull[0], strength)
         if finer is None:
             break
         w = finer
-    return best
+    gap = normal.gaps(best.unsqueeze(0), [strength], fit)[0]
+    return replace(solution, values=best, gap=gap)

@@ -15,6 +15,7 @@ NOT_FINITE = (
     "and need to be preprocessed."
 )
 """Scikit-learn's own words, whatever the solver."""
+_TINY = 1e-300  # instead of a division by zero
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: i
     force = active.clamp(min=0) if positive else active.abs()
     largest = force.amax(1) if force.shape[1] else torch.zeros_like(l1)
     energy = fit.residual + l2 * fit.square
-    scale = torch.where(largest > l1, l1 / torch.where(largest > 0, largest, 1), 1)
+    scale = l1 / torch.maximum(largest, l1).clamp(min=_TINY)
     primal = 0.5 * energy + l1 * fit.absolute
     gaps = primal - (scale * fit.agreement - 0.5 * scale.square() * energy)
-    if bool((l1 == 0).any()):
+    if not all(s.l1 for s in strengths):
         pull = fit.pull.clamp(min=0) if positive else fit.pull
         slope = pull.square().sum(1)
         ridge = energy - 0.5 * l2 * fit.square - fit.agreement + 0.5 * slope / torch.where(l2 > 0, l2, 1)

@@ -32,30 +32,33 @@ class Solution:
 
 def errors(w: Tensor, pull: Tensor, strength: Strength) -> Tensor:
     """By how much the optimality conditions are violated on the support of w."""
-    support = w != 0
-    here = w[support]
-    return pull[support] - strength.l1 * torch.sign(here) - strength.l2 * here
+    support = torch.nonzero(w).squeeze(1)
+    here, there = w[support], pull[support]
+    signed = there - strength.l1 * torch.sign(here)
+    return signed.sub_(here, alpha=strength.l2) if strength.l2 else signed
 
 
-def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength) -> Tensor | None:
+def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength) -> tuple[Tensor | None, float]:
     """One step of iterative refinement on the support of w, from a pull Zᵀ(z − Zw)/n that is not taken from the Gram.
 
     Returns:
-        The refined coefficients, or None where there is nothing to gain, or the signs would change.
+        The refined coefficients, or None where there is nothing to gain, or the signs would change; and the largest
+        error of w.
     """
+    error = errors(w, pull, strength)
+    worst = float(error.abs().max()) if len(error) else 0.0
+    if not worst > ACCURATE * float(pull.abs().max()):
+        return None, worst
     support = torch.nonzero(w).squeeze(1)
     here = w[support]
-    error = errors(w, pull, strength)
-    if not len(support) or not float(error.abs().max()) > ACCURATE * float(pull.abs().max()):
-        return None
     matrix = gram[support][:, support]
     matrix.diagonal().add_(strength.l2)
     factor, stuck = factorise(matrix)
     if stuck is not None:
-        return None
+        return None, worst
     moved = here + torch.cholesky_solve(error.unsqueeze(1), factor).squeeze(1)
     if strength.l1 and bool((moved * here <= 0).any()):
-        return None
+        return None, worst
     result = w.clone()
     result[support] = moved
-    return result
+    return result, worst

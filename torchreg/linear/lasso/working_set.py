@@ -13,14 +13,17 @@ from torchreg.linear.lasso.problem import NOT_FINITE, Fit, Problem, Strength, du
 from torchreg.linear.lasso.solution import ACCURATE, Solution, errors, refined
 
 _FEWEST = 100  # columns that may enter at a time
-_ROOM = 1024  # columns for which a Gram matrix has room from the beginning: memory that is not written to costs nothing
+_ROOM = {"cpu": 4000, "cuda": 1000}
+"""Columns for which a Gram matrix has room from the beginning: on the CPU memory that is not written to costs nothing,
+and a copy into a larger one would."""
 _CHUNK = 4
-_LONGEST_CHUNK = 10
+_LONGEST_CHUNK = 8
 _ON_THE_WAY = 1000  # steps at most for an intermediate strength
 _FIRST = 6.0  # ratio of the largest strength to the first intermediate one
 _BY_STEPS = ((6, 10.0), (15, 1.6), (math.inf, 1.35))  # ratio to the next one, by the Newton steps at the last one
 _BY_MISSED = ((0.25, 10.0), (0.5, 4.0), (2.0, 2.0), (5.0, 1.6), (math.inf, 1.35))  # by its violators over its non-zeros
 _NEAR = 0.95  # of the strength: a correlation from which on a column may enter ahead of time
+_NEAR_EXPECTED = 0.97  # likewise a correlation that is expected there
 _NEAR_VIOLATORS = 0.9  # likewise with violators: it might be the next one, and cost one more product with X
 
 
@@ -62,12 +65,16 @@ class WorkingSet:
         self.index = torch.cat([self.index, index])
         self.inside[index] = True
         if len(self) > len(self._gram):
-            room = min(max(2 * len(self), _ROOM), self.problem.design.features)
+            room = min(max(2 * len(self), _ROOM.get(index.device.type, 0)), self.problem.design.features)
             grown = self._gram.new_empty(room, room)
             grown[:start, :start] = self._gram[:start, :start]
             self._gram = grown
         self._gram[start : len(self), : len(self)] = inner
         self._gram[:start, start : len(self)] = inner[:, :start].T
+
+    def forces(self, pull: Tensor) -> Tensor:
+        """How strongly each column outside pulls at its coefficient of zero."""
+        return (pull if self.problem.positive else pull.abs()).masked_fill(self.inside, 0)
 
     def padded(self, w: Tensor) -> Tensor:
         """Coefficients of the first columns with zeros for those that came later."""
@@ -87,12 +94,11 @@ class WorkingSet:
         """`w` without the rounding of the Gram matrix, as far as X itself allows."""
         support = torch.nonzero(w).squeeze(1)
         pull = self._pull(w, support)
-        finer = refined(self.gram, w, pull, strength)
+        finer, was = refined(self.gram, w, pull, strength)
         if finer is None:
             return w
-        after = self._pull(finer, support)
-        worst, was = (float(errors(v, p, strength).abs().max()) for v, p in ((finer, after), (w, pull)))
-        return finer if worst <= was else w
+        after = errors(finer, self._pull(finer, support), strength)
+        return finer if float(after.abs().max()) <= was else w
 
     def _pull(self, w: Tensor, places: Tensor) -> Tensor:
         """Zᵀ(z − Zw)/n in some places, zero elsewhere."""
@@ -115,9 +121,8 @@ class Check:
         self._l1 = self.pull.new_tensor([s.l1 for s in strengths]).unsqueeze(1)
 
     def forces(self) -> Tensor:
-        """How strongly each column outside pulls at its coefficient of zero."""
-        force = self.pull if self.working.problem.positive else self.pull.abs()
-        return force.masked_fill(self.working.inside, 0)
+        """`WorkingSet.forces` of each."""
+        return self.working.forces(self.pull)
 
     def violated(self) -> list[bool]:
         """Whether any column outside should be inside, for each."""
@@ -139,23 +144,48 @@ class Check:
         return duality_gaps(fit, active, self.strengths, n, problem.positive).tolist()
 
 
+class _Course:
+    """Where the pulls of a path are heading: between its kinks they are linear in the strength."""
+
+    def __init__(self, l1: float, pull: Tensor) -> None:
+        self.l1, self.pull = l1, pull
+        self.slope: Tensor | None = None
+
+    def reach(self, l1: float, pull: Tensor) -> None:
+        """Note the pulls at a smaller strength."""
+        if l1 < self.l1:
+            self.slope = (pull - self.pull) / (l1 - self.l1)
+        self.l1, self.pull = l1, pull
+
+    def prepare(self, working: WorkingSet, l1: float, nonzero: int) -> None:
+        """Let columns in that may come to matter down to this strength."""
+        if self.slope is None:
+            least, pull = max(2 * l1 - self.l1, _NEAR * l1), self.pull
+        else:
+            least, pull = _NEAR_EXPECTED * l1, self.pull + (l1 - self.l1) * self.slope
+        _enter(working, working.forces(pull), least, max(4 * _FEWEST, nonzero))
+
+
 def solve_path(problem: Problem, strengths: list[Strength], limit: int, start: Tensor | None) -> Iterator[Solution]:
     """Solutions for falling strengths, each from the one before, checked for several strengths at a time.
 
-    Before a chunk of strengths the columns enter that the sequential strong rule can't rule out: those whose
-    correlation with the residual is at least 2·l1 − l1 of the strength before, and of these only those near l1 itself:
-    most of the others never come to matter, and their Gram matrix costs more than the check that finds the few that do.
+    Before a chunk of strengths the columns enter whose correlations with the residual, drawn on in a straight line from
+    the last two strengths, come near the smallest one. Where there is no line yet, it is those that the sequential
+    strong rule can't rule out, whose correlation is at least 2·l1 − l1 of the strength before, and of these only those
+    near l1 itself. Most of the others never come to matter, and their Gram matrix costs more than the checks that find
+    the few that do.
 
-    Source: Tibshirani et al., Strong rules for discarding predictors in lasso-type problems, JRSS B 2012; Qian et al.,
-    A fast and scalable framework for large-scale and ultrahigh-dimensional sparse regression, PLOS Genetics 2020.
+    Source: Tibshirani et al., Strong rules for discarding predictors in lasso-type problems, JRSS B 2012; Efron et al.,
+    Least angle regression, Annals of Statistics, 2004; Qian et al., A fast and scalable framework for large-scale and
+    ultrahigh-dimensional sparse regression, PLOS Genetics 2020.
     """
     working = WorkingSet(problem)
     w, check = _begin(working, start, strengths[0])
-    forces, before = check.forces()[0], problem.largest
+    course = _Course(problem.largest, check.pull[0])
     done, size, steps = 0, _CHUNK, [0] * len(strengths)
     while done < len(strengths):
         chunk = strengths[done : done + size]
-        _enter(working, forces, max(2 * chunk[-1].l1 - before, _NEAR * chunk[-1].l1), max(2 * _FEWEST, _nonzero(w)))
+        course.prepare(working, chunk[-1].l1, _nonzero(w))
         found, taken = working.solve(w, chunk, limit)
         for i, more in enumerate(taken):
             steps[done + i] += more
@@ -164,9 +194,10 @@ def solve_path(problem: Problem, strengths: list[Strength], limit: int, start: T
         accepted = 0
         while accepted < len(chunk) and not (violated[accepted] and steps[done + accepted] < limit):
             yield Solution(working.index, found[accepted], gaps[accepted], steps[done + accepted])
+            w = found[accepted]
             accepted += 1
-        if accepted:
-            w, forces, before = found[accepted - 1], check.forces()[accepted - 1], chunk[accepted - 1].l1
+        for i in range(max(0, accepted - 2), accepted):
+            course.reach(chunk[i].l1, check.pull[i])
         if accepted < len(chunk):
             _enter_violators(working, check, accepted)
             size = max(2, size - 1)
