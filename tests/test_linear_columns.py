@@ -27,21 +27,27 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "_SHORTEST", 64)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("weights", ["no", "all", "a fold's"])
 @pytest.mark.parametrize("offset", [None, 0.0, 3.0, 1e4], ids=str)
 @pytest.mark.parametrize("order", ["rows", "columns", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_products_are_those_of_centred_and_weighted_columns(
-    dtype: Any, order: str, offset: float | None, weighted: bool
+    dtype: Any, order: str, offset: float | None, weights: str
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(2 * N, 2 * P, generator=generator, dtype=torch.float64) + (offset or 0)).to(dtype)
     x = {"rows": x[:N, :P].contiguous(), "columns": x[:N, :P].T.contiguous().T, "strided": x[::2, ::2]}[order]
-    v = torch.rand(N, generator=generator, dtype=torch.float64) if weighted else None
+    v = None if weights == "no" else torch.rand(N, generator=generator, dtype=torch.float64)
+    if v is not None and weights == "a fold's":
+        v[100:170] = 0
     v = None if v is None else v * (N / v.sum())
     mean = None if offset is None else weighted_mean(x.double(), v)
     root = None if v is None else v.sqrt()
-    z, held = centred(x, mean, root), Dense(x, mean, root).columns()
+    z, design = centred(x, mean, root), Dense(x, mean, root)
+    for r in (z[:, :1].T, z[:, :3].T):
+        scale = 1e3 if dtype == torch.float32 else 1e-6
+        torch.testing.assert_close(design.correlations(r), r @ z / N, rtol=1e-6 * scale, atol=1e-6 * scale)
+    held = design.columns()
     index: list[int] = []
     for added in ADDED:
         index += added

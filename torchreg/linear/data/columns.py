@@ -11,7 +11,20 @@ from torch import Tensor
 HARMLESS = 100.0  # a mean square this many times the variance costs two digits of a Gram matrix
 CONSTANT = 16.0  # a column that varies by fewer roundings of its mean than this is constant
 _BLOCK, _SHORTEST = 1 << 20, 256  # elements, and samples, that are read at a time
+_RUNS = 8  # of samples with weight, at most: in more and shorter ones a product takes longer than it saves
 _COPIED = 8  # one column in so many may be copied where each lies scattered over the rows of X
+
+
+def weighted(root: Tensor | None, samples: int) -> list[slice]:
+    """Runs of samples that hold all weight: a fold's others, which lie together, need not be read."""
+    whole = [slice(0, samples)]
+    if root is None:
+        return whole
+    changes = torch.nonzero(torch.diff((root > 0).to(torch.int8))).squeeze(1)
+    if not 0 < len(changes) <= _RUNS:
+        return whole
+    bounds = [0, *(changes + 1).tolist(), samples]
+    return [slice(*bounds[i : i + 2]) for i in range(0 if float(root[0]) > 0 else 1, len(bounds) - 1, 2)]
 
 
 class Columns(ABC):
@@ -43,6 +56,7 @@ class DenseColumns(Columns):
 
     def __init__(self, x: Tensor, mean: Tensor | None, root: Tensor | None) -> None:
         self._x, self._mean, self._root = x, mean, root
+        self._runs = weighted(root, len(x))
         self._lies_in_columns = x.stride(0) == 1
         self._index = torch.empty(0, dtype=torch.long, device=x.device)
         self._room = 0 if self._lies_in_columns else x.shape[1] // _COPIED
@@ -75,7 +89,7 @@ class DenseColumns(Columns):
         """Of those alone that have coefficients."""
         places = torch.nonzero(coefficients.any(0)).squeeze(1)
         w = coefficients[:, places]
-        found = w.new_empty(len(w), len(self._x))
+        found = w.new_zeros(len(w), len(self._x))
         for samples in self._blocks(len(places)):
             torch.mm(w, self._rows(samples, places), out=found[:, samples])
         if self._mean is not None and not self._far:
@@ -123,7 +137,7 @@ class DenseColumns(Columns):
     def _blocks(self, columns: int) -> Iterator[slice]:
         """Samples that are read at a time."""
         step = max(_SHORTEST, _BLOCK // max(1, columns))
-        return (slice(start, start + step) for start in range(0, len(self._x), step))
+        return (slice(i, min(i + step, run.stop)) for run in self._runs for i in range(run.start, run.stop, step))
 
     def _rows(self, samples: slice, places: Tensor | None = None) -> Tensor:
         """Columns in some places, or all, as rows in float64; less their means if these are large."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns
+from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns, weighted
 
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
 
@@ -89,15 +89,21 @@ class Dense(Design):
         if self.root is not None:
             residuals = residuals * self.root
         narrow = residuals.to(self.x.dtype)
-        if len(narrow) == 1:
-            found = (self.x.T @ narrow[0]).unsqueeze(0).double()
-        elif self.x.stride(0) == 1:
-            found = (self.x.T @ narrow.T).T.double()
-        else:
-            found = (narrow @ self.x).double()
+        first, *others = weighted(self.root, self.samples)
+        found = self._product(narrow, first)
+        for run in others:
+            found += self._product(narrow, run)
+        found = found.double()
         if self.mean is not None:
             found -= residuals.sum(1, keepdim=True) * self.mean
         return found / self.samples
+
+    def _product(self, rows: Tensor, run: slice) -> Tensor:
+        """Rows times X, over some samples: (m, n) -> (m, features)."""
+        x, rows = self.x[run], rows[:, run]
+        if len(rows) == 1:
+            return (x.T @ rows[0]).unsqueeze(0)
+        return (x.T @ rows.T).T if x.stride(0) == 1 else rows @ x
 
     def fitted(self, w: Tensor) -> Tensor:
         """WZᵀ, by one product with X."""

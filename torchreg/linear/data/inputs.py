@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,20 @@ class Data:
         """X's own."""
         return self.x.dtype if isinstance(self.x, Tensor) else _DTYPES[self.x.dtype.name]
 
+    @cached_property
+    def mean(self) -> Tensor:
+        """Of X's columns, weighted, in float64."""
+        return (weighted_mean if isinstance(self.x, Tensor) else sparse_mean)(self.x, self.weights)
+
     def design(self, centred: bool, overwrite: bool = False) -> tuple[Design, Tensor | None]:
-        """The design, and its column means if it is centred, in place if X may be overwritten."""
+        """The design, and its column means if it is centred, in place if X may be overwritten: then only once."""
         root = None if self.weights is None else self.weights.sqrt()
-        if isinstance(self.x, Tensor):
-            mean = weighted_mean(self.x, self.weights) if centred else None
-            if mean is not None and overwrite and self.writeable:
-                return Dense(self.x.sub_(mean), None, root), mean
-            return Dense(self.x, mean, root), mean
-        mean = sparse_mean(self.x, self.weights) if centred else None
-        return Sparse(self.x, mean, root), mean
+        mean = self.mean if centred else None
+        if not isinstance(self.x, Tensor):
+            return Sparse(self.x, mean, root), mean
+        if mean is not None and overwrite and self.writeable:
+            return Dense(self.x.sub_(mean), None, root), mean
+        return Dense(self.x, mean, root), mean
 
     def targets(self, centred: bool) -> tuple[Tensor, Tensor]:
         """Targets (targets, samples), centred and weighted like the design, and their means."""
@@ -99,7 +104,8 @@ def read(
             accept_large_sparse=False,
             ensure_all_finite=finite or not isinstance(x, np.ndarray),
         )
-        y = check_array(y, dtype=x.dtype.type, ensure_2d=False, input_name="y")
+        if y.dtype != x.dtype:
+            y = check_array(y, dtype=x.dtype.type, ensure_2d=False, input_name="y")
     elif sample_weight is None and not sparse.issparse(x) and not x.flags.f_contiguous:
         raise ValueError("Expected X in columns (Fortran order) with check_input=False, got it in rows.")
     x = without_duplicates(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,6 @@ import torch
 from torch import Tensor
 
 from torchreg.linear.data.design import Dense, Design
-
-
-@dataclass(frozen=True)
-class Ready:
-    """ZᵀZ/n, centred and weighted, as a cross-validation hands it to its last fit."""
-
-    gram: Tensor
 
 
 def gram_of(precompute: Any, design: Design, mean: Tensor | None, check: bool = True) -> Tensor | bool | None:
@@ -32,8 +24,6 @@ def gram_of(precompute: Any, design: Design, mean: Tensor | None, check: bool = 
     Raises:
         ValueError: if it has another shape, or the entry differs.
     """
-    if isinstance(precompute, Ready):
-        return precompute.gram
     if not isinstance(design, Dense) or isinstance(precompute, str) or precompute is None:
         return None
     if isinstance(precompute, (bool, np.bool_)):

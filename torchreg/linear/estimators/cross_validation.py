@@ -15,7 +15,7 @@ from sklearn.utils.metadata_routing import _routing_enabled, process_routing
 from torch import Tensor
 
 from torchreg.linear.data.inputs import Data, read
-from torchreg.linear.data.precomputed import Ready
+from torchreg.linear.data.precomputed import gram_of
 from torchreg.linear.estimators.elastic_net import METHODS, PLACES, ElasticNet, Lasso, TensorPrediction
 from torchreg.linear.lasso.problem import Problem, Strength
 from torchreg.linear.paths.folds import Folds
@@ -57,7 +57,8 @@ class CrossValidated(TensorPrediction):
         data = read(self, X, y, sample_weight)
         y = self._target(data, y)
         ratios = self._ratios()
-        grids = self._grids(data, ratios)
+        problem = self._problem(data)
+        grids = self._grids(problem, ratios)
         folds = self._folds(data, list(self._splits(data, X, y, sample_weight, params)))
         folds.check_weights()
         errors = []
@@ -74,7 +75,10 @@ class CrossValidated(TensorPrediction):
         self.alphas_ = np.asarray(grids)
         if len(ratios) == 1 or not isinstance(self.alphas, numbers.Integral):
             self.alphas_ = self.alphas_[0]
-        self._refit(X, y, sample_weight, ratios[best], folds.gram())
+        model = self._model(ratios[best])
+        self._refit(model, data, problem, folds)
+        self.coef_, self.intercept_ = model.coef_, model.intercept_
+        self.dual_gap_, self.n_iter_ = model.dual_gap_, model.n_iter_
         return self
 
     def _target(self, data: Data, y: Any) -> Any:
@@ -97,28 +101,29 @@ class CrossValidated(TensorPrediction):
             X, y = np.empty((len(data.y), 1)), data.y[:, 0].cpu().numpy()
         return check_cv(self.cv).split(X, y, **routed)
 
-    def _grids(self, data: Data, ratios: Any) -> list[Any]:
+    def _grids(self, problem: Problem, ratios: Any) -> list[Any]:
         """Strengths in falling order for each l1_ratio."""
         if not isinstance(self.alphas, numbers.Integral):
             for i, alpha in enumerate(self.alphas):
                 check_scalar(alpha, f"alphas[{i}]", target_type=numbers.Real, min_val=0.0, include_boundaries="left")
             return [np.sort(self.alphas)[::-1]] * len(ratios)
-        problem = self._problem(data)
         return [alpha_grid(problem, ratio, self.eps, int(self.alphas)) for ratio in ratios]
 
-    def _refit(self, X: Any, y: Any, sample_weight: Any, ratio: float, gram: Tensor | None) -> None:
+    def _model(self, ratio: float) -> Any:
+        """For the last fit, with the strength that was chosen."""
         model = self._get_estimator()
         own = model.get_params()
         model.set_params(**{name: value for name, value in self.get_params().items() if name in own})
         model.alpha, model.l1_ratio = self.alpha_, ratio
-        if isinstance(getattr(self, "precompute", None), str):
-            model.precompute = False if gram is None else Ready(gram)
-        if sample_weight is None:
-            model.fit(X, y)
+        return model
+
+    def _refit(self, model: Any, data: Data, problem: Problem, folds: Folds) -> None:
+        """Fit on all samples."""
+        if isinstance(self.precompute, str):
+            gram: Tensor | bool | None = folds.gram()
         else:
-            model.fit(X, y, sample_weight=sample_weight)
-        self.coef_, self.intercept_ = model.coef_, model.intercept_
-        self.dual_gap_, self.n_iter_ = model.dual_gap_, model.n_iter_
+            gram = gram_of(self.precompute, problem.design, data.mean if self.fit_intercept else None)
+        model.fit_problems(data, [problem], gram)
 
 
 class LassoCV(CrossValidated, sklearn.linear_model.LassoCV):

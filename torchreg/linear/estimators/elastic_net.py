@@ -14,7 +14,6 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from torchreg.linear.data.design import Design
 from torchreg.linear.data.inputs import Data, read, refuse_infinite
 from torchreg.linear.data.precomputed import gram_of
 from torchreg.linear.lasso.problem import NOT_FINITE, Problem, Strength
@@ -164,35 +163,35 @@ class ElasticNet(TensorPrediction, sklearn.linear_model.ElasticNet):
         Raises:
             ValueError: for unsuitable data, as in scikit-learn.
         """
+        data = read(self, X, y, sample_weight, check_input, finite=False)
+        design, mean = data.design(self.fit_intercept, overwrite=not self.copy_X)
+        targets, _ = data.targets(self.fit_intercept)
+        gram = gram_of(self.precompute, design, mean, check_input)
+        if gram is None and len(targets) > 1 and self.solver not in ("cd", "fista") and is_narrow(design, len(targets)):
+            gram = design.gram()
+        return self.fit_problems(data, [Problem(design, z, self.positive) for z in targets], gram)
+
+    def fit_problems(self, data: Data, problems: list[Problem], gram: Tensor | bool | None) -> ElasticNet:
+        """`fit` for data that have been read, one problem for each target, with ZᵀZ/n where it is known."""
         if self.alpha == 0:
             warnings.warn(
                 "With alpha=0, this algorithm does not converge well. You are advised to use the LinearRegression "
                 "estimator",
-                stacklevel=2,
+                stacklevel=3,
             )
-        data = read(self, X, y, sample_weight, check_input, finite=False)
-        design, mean = data.design(self.fit_intercept, overwrite=not self.copy_X)
-        targets, target_mean = data.targets(self.fit_intercept)
-        gram = gram_of(self.precompute, design, mean, check_input)
-        if gram is None and len(targets) > 1 and self.solver not in ("cd", "fista") and is_narrow(design, len(targets)):
-            gram = design.gram()
-        found = [
-            self._solve(data, design, z, start, gram) for z, start in zip(targets, self._starts(data), strict=True)
-        ]
-        self._keep(data, found, mean, target_mean)
+        starts = self._starts(data)
+        found = [self._solve(data, problem, start, gram) for problem, start in zip(problems, starts, strict=True)]
+        self._keep(data, found)
         return self
 
-    def _solve(
-        self, data: Data, design: Design, target: Tensor, start: Tensor | None, gram: Tensor | bool | None
-    ) -> Solution:
-        problem = Problem(design, target, self.positive)
+    def _solve(self, data: Data, problem: Problem, start: Tensor | None, gram: Tensor | bool | None) -> Solution:
         if not bool(problem.moment.isfinite().all()):  # as are those of any column that holds NaN or infinity
             refuse_infinite(self, data.x if data.home or not isinstance(data.x, Tensor) else data.x.cpu().numpy())
         strength = Strength(self.alpha * self.l1_ratio, self.alpha * (1 - self.l1_ratio))
         (solution,) = solve(
             problem, [strength], limit=self.max_iter or 1000, start=start, gram=gram, method=self.solver
         )
-        warn_if_far(solution.gap, problem.power, design.eps, self.tol)
+        warn_if_far(solution.gap, problem.power, problem.design.eps, self.tol)
         return solution
 
     def _starts(self, data: Data) -> list[Tensor | None]:
@@ -210,16 +209,15 @@ class ElasticNet(TensorPrediction, sklearn.linear_model.ElasticNet):
             start = start.clamp(min=0)
         return list(start)
 
-    def _keep(self, data: Data, found: list[Solution], mean: Tensor | None, target_mean: Tensor) -> None:
+    def _keep(self, data: Data, found: list[Solution]) -> None:
         coef = torch.stack([solution.full(data.x.shape[1]) for solution in found])
         if not bool(coef.isfinite().all()):
             raise ValueError(NOT_FINITE)
-        intercept = target_mean if mean is None else target_mean - coef @ mean
         several = len(found) > 1
         self.coef_ = data.result(coef if several else coef[0])
         self.intercept_ = 0.0
         if self.fit_intercept:
-            kept = data.result(intercept)
+            kept = data.result(data.targets(True)[1] - coef @ data.mean)
             self.intercept_ = kept if several or not data.single else kept[0]
         gaps, steps = [solution.gap for solution in found], [solution.steps for solution in found]
         self.dual_gap_ = np.array(gaps) if several else np.float64(gaps[0])

@@ -16,6 +16,7 @@ from torchreg.linear.data.inputs import read
 from torchreg.linear.estimators.elastic_net import PLACES
 from torchreg.linear.estimators.group_norms import GroupNorms
 from torchreg.linear.grouped.blocks import Blocks
+from torchreg.linear.grouped.problem import BlockProblem
 from torchreg.linear.lasso.problem import Strength
 
 
@@ -119,7 +120,12 @@ class GroupLasso(GroupNorms, MultiOutputMixin, RegressorMixin, LinearModel):
         blocks = Blocks(torch.from_numpy(labels).to(targets.device), weights)
         start = self._start(data)
         found = [
-            self._solve(data, design, z, blocks, Strength(self.alpha), None if start is None else start[i : i + 1])
+            self._solve(
+                data,
+                BlockProblem(design, z, blocks=blocks),
+                Strength(self.alpha),
+                None if start is None else start[i : i + 1],
+            )
             for i, z in enumerate(targets.split(1))
         ]
         coef = torch.cat([solution.w for solution in found])

@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.linear.data.design import Design
 from torchreg.linear.data.inputs import Data, refuse_infinite
 from torchreg.linear.estimators.elastic_net import TensorPrediction
-from torchreg.linear.grouped.blocks import Blocks
 from torchreg.linear.grouped.problem import BlockProblem
 from torchreg.linear.grouped.solver import BlockSolution, solve_blocks
 from torchreg.linear.lasso.problem import NOT_FINITE, Strength
@@ -23,17 +21,13 @@ class GroupNorms(TensorPrediction):
     tol: float
     warm_start: bool
 
-    def _solve(
-        self, data: Data, design: Design, target: Tensor, blocks: Blocks, strength: Strength, start: Tensor | None
-    ) -> BlockSolution:
-        """All targets (targets, samples) as one problem."""
-        problem = BlockProblem(design, target, blocks=blocks)
+    def _solve(self, data: Data, problem: BlockProblem, strength: Strength, start: Tensor | None) -> BlockSolution:
         if not bool(problem.moment.isfinite().all()):  # as are those of any column that holds NaN or infinity
             refuse_infinite(self, data.x if data.home or not isinstance(data.x, Tensor) else data.x.cpu().numpy())
         (solution,) = solve_blocks(problem, [strength], limit=self.max_iter or 1000, start=start)
         if not bool(solution.w.isfinite().all()):
             raise ValueError(NOT_FINITE)
-        warn_if_far(solution.gap, problem.power, design.eps, self.tol)
+        warn_if_far(solution.gap, problem.power, problem.design.eps, self.tol)
         return solution
 
     def _start(self, data: Data) -> Tensor | None:

@@ -8,12 +8,12 @@ import numpy as np
 import sklearn.linear_model
 from sklearn.base import _fit_context
 
-from torchreg.linear.data.inputs import read
+from torchreg.linear.data.inputs import Data, read
 from torchreg.linear.estimators.elastic_net import PLACES
 from torchreg.linear.estimators.group_norms import GroupNorms
-from torchreg.linear.grouped.blocks import Blocks
+from torchreg.linear.grouped.problem import BlockProblem
 from torchreg.linear.lasso.problem import Strength
-from torchreg.linear.paths.path import enet_path
+from torchreg.linear.paths.path import all_targets, enet_path
 
 
 class MultiTaskElasticNet(GroupNorms, sklearn.linear_model.MultiTaskElasticNet):
@@ -101,17 +101,18 @@ class MultiTaskElasticNet(GroupNorms, sklearn.linear_model.MultiTaskElasticNet):
         data = read(self, X, y, sample_weight, finite=False)
         if data.single:
             raise ValueError(f"For mono-task outputs, use {type(self).__name__.removeprefix('MultiTask')}")
-        design, mean = data.design(self.fit_intercept, overwrite=not self.copy_X)
-        targets, target_mean = data.targets(self.fit_intercept)
+        return self.fit_problem(data, all_targets(data, self.fit_intercept, overwrite=not self.copy_X))
+
+    def fit_problem(self, data: Data, problem: BlockProblem) -> MultiTaskElasticNet:
+        """`fit` for data that have been read."""
         strength = Strength(self.alpha * self.l1_ratio, self.alpha * (1 - self.l1_ratio))
-        blocks = Blocks.single(design.features, targets.device)
-        solution = self._solve(data, design, targets, blocks, strength, self._start(data))
+        solution = self._solve(data, problem, strength, self._start(data))
         self.coef_ = data.result(solution.w)
-        self.intercept_ = data.result(target_mean if mean is None else target_mean - solution.w @ mean)
-        if not self.fit_intercept:
-            self.intercept_ = 0.0
+        self.intercept_ = 0.0
+        if self.fit_intercept:
+            self.intercept_ = data.result(data.targets(True)[1] - solution.w @ data.mean)
         self.dual_gap_, self.n_iter_ = np.float64(solution.gap), solution.steps
-        self.eps_ = self.tol * float(targets.square().sum())
+        self.eps_ = self.tol * float(problem.target.square().sum())
         return self
 
 

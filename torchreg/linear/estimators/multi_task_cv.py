@@ -12,6 +12,7 @@ from torchreg.linear.estimators.elastic_net import PLACES
 from torchreg.linear.estimators.multi_task import MultiTaskElasticNet, MultiTaskLasso
 from torchreg.linear.lasso.problem import Problem
 from torchreg.linear.paths.block_folds import BlockFolds
+from torchreg.linear.paths.folds import Folds
 from torchreg.linear.paths.path import all_targets, enet_path, lasso_path
 
 
@@ -25,6 +26,9 @@ class _SharedFeatures(CrossValidated):
 
     def _problem(self, data: Data) -> Problem:
         return all_targets(data, self.fit_intercept)
+
+    def _refit(self, model: Any, data: Data, problem: Problem, folds: Folds) -> None:
+        model.fit_problem(data, problem)
 
     def _folds(self, data: Data, splits: list[tuple[Any, Any]]) -> BlockFolds:
         return BlockFolds(data, splits, self.fit_intercept, False)

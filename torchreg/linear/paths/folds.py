@@ -181,7 +181,8 @@ class Folds:
         """What is taken off X and y before sums: their means, or zero where there is no intercept."""
         if not self.centred:
             return torch.zeros(self.data.x.shape[1], dtype=torch.float64, device=self.data.y.device), 0.0
-        return weighted_mean(self.data.x, None), float(self.data.y.mean())
+        mean = self.data.mean if self.data.weights is None else weighted_mean(self.data.x, None)
+        return mean, float(self.data.y.mean())
 
     def _sums(self, index: Tensor) -> Moments:
         """Over some samples, relative to the offsets."""
@@ -190,11 +191,11 @@ class Folds:
         v = torch.ones_like(y) if self.data.weights is None else self.data.weights[index]
         rows = self._neighbours(index)
         if rows is not None:
-            total, weight = rows.sum(0), float(len(rows))
+            (total, xy), weight = torch.stack([torch.ones_like(y), y]) @ rows, float(len(rows))
             x_sum = total - weight * mean
             xx = inner(rows).addr_(total, mean, alpha=-1).addr_(mean, x_sum, alpha=-1)
             if bool((mean.square() <= HARMLESS * xx.diagonal() / weight).all()):
-                return Moments(weight, x_sum, float(y.sum()), xx, y @ rows - y.sum() * mean, float(y @ y))
+                return Moments(weight, x_sum, float(y.sum()), xx, xy - y.sum() * mean, float(y @ y))
         x_sum, xy = torch.zeros_like(mean), torch.zeros_like(mean)
         xx = mean.new_zeros(len(mean), len(mean))
         for part, target, weight in zip(*(t.split(_block(len(mean))) for t in (index, y, v)), strict=True):

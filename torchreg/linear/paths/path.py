@@ -214,9 +214,9 @@ def enet_path(
     return (*result, [s.steps for s in found]) if return_n_iter else result
 
 
-def all_targets(data: Data, centred: bool) -> BlockProblem:
+def all_targets(data: Data, centred: bool, overwrite: bool = False) -> BlockProblem:
     """All targets as one problem, in which each feature is a group."""
-    design, _ = data.design(centred)
+    design, _ = data.design(centred, overwrite)
     return BlockProblem(design, data.targets(centred)[0], blocks=Blocks.single(design.features, data.y.device))
 
 
