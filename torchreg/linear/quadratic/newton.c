@@ -1,5 +1,6 @@
 /* newton.py in C, for a sequence of strengths. Rows of the Cholesky factor are kept while the columns before them stay
-   the same: a column that enters costs one row, not a new factor, and one that leaves is rotated out of it. The constants of newton.py come before this text. */
+   the same: a column that enters costs one row, not a new factor, and one that leaves is rotated out of it. The
+   constants of newton.py come before this text. */
 
 #include <math.h>
 #include <stdint.h>
@@ -7,7 +8,7 @@
 #include <string.h>
 
 enum { TILE = 4, BLOCK = 16 }; /* rows of a tile, and rows that are taken on together: several tiles */
-enum { ROTATION = 36 };        /* a column is rotated out of n rows while n²·ROTATION of rows³ are computed anew */
+enum { ROTATION = 36 };        /* to rotate a column out of n rows takes as long as 6·n² products of a new factor */
 
 typedef struct {
     int64_t k;          /* columns */
