@@ -46,7 +46,9 @@ def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength) -> tuple[
         error of w.
     """
     error = errors(w, pull, strength)
-    worst = float(error.abs().max()) if len(error) else 0.0
+    if not len(error):
+        return None, 0.0
+    worst = float(error.abs().max())
     if not worst > ACCURATE * float(pull.abs().max()):
         return None, worst
     support = torch.nonzero(w).squeeze(1)
