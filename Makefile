@@ -6,7 +6,7 @@ DATA ?= .
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-browser test-fuzz test-sklearn lint format bench bench-compact bench-embeddings bench-features bench-files bench-linear bench-quality docs clean
+.PHONY: demo test test-slow test-browser test-fuzz test-sklearn lint format bench bench-compact bench-embeddings bench-features bench-files bench-linear bench-quality docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/torchreg compare
@@ -14,6 +14,10 @@ demo: $(VENV)/.demo
 # Two processes of one thread each: with two threads each they wait for each other, which took twice as long.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# What takes minutes, and `make test` leaves out: long examples, all optimizers in several processes, and more.
+test-slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 # A tour of TensorBoard's page in headless Chromium (apt-get install chromium chromium-driver); pictures in runs/tour.
 test-browser: $(VENV)/.browser

@@ -67,6 +67,7 @@ def number(pattern: str, text: str) -> float:
     return float(re.search(pattern, text).group(1).replace(",", ""))
 
 
+@pytest.mark.slow
 def test_compact_resnet_is_smaller_and_as_accurate_as_its_zeros(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -85,6 +86,7 @@ def test_compact_resnet_is_smaller_and_as_accurate_as_its_zeros(tmp_path):
     assert "barcode/5.conv1" in tags["images"]
 
 
+@pytest.mark.slow
 def test_the_resnet_takes_images_from_a_file_and_filters_into_its_groups(tmp_path):
     np = pytest.importorskip("numpy")
     pytest.importorskip("torch_pruning")
@@ -97,6 +99,7 @@ def test_the_resnet_takes_images_from_a_file_and_filters_into_its_groups(tmp_pat
     assert "compacted: test accuracy" in out
 
 
+@pytest.mark.slow
 def test_compact_transformer_has_the_loss_of_its_zeros():
     pytest.importorskip("torch_pruning")
     out = run("compact_transformer.py", "--steps", "12", "--refit", "6")
@@ -160,6 +163,7 @@ def test_l1_or_l2_shows_what_the_page_says():
     assert used["Lasso, least error"][1] > 4 * used["Ridge"][1]
 
 
+@pytest.mark.slow
 def test_draw_penalties_draws_the_pictures_of_the_page(tmp_path):
     pytest.importorskip("matplotlib")
     names = run("draw_penalties.py", "--out", str(tmp_path)).split()
@@ -169,6 +173,7 @@ def test_draw_penalties_draws_the_pictures_of_the_page(tmp_path):
         assert Path(name).read_bytes()[16:24] == (EXAMPLES.parent / "docs" / Path(name).name).read_bytes()[16:24]
 
 
+@pytest.mark.slow
 def test_embeddings_leave_the_items_that_matter():
     out = run("embeddings.py", "--items", "500", "--steps", "1000")
     left, useful, known = map(int, re.search(r"items left: (\d+), (\d+) of them among the (\d+)", out).groups())

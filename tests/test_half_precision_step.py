@@ -180,11 +180,12 @@ def test_rounding_is_per_element_and_has_no_pattern(case, dtype):
 
 THOUSAND_STEPS = """
 import hashlib
+import sys
 import torch
 from torchreg import L1, ProxSGD
 
 torch.set_num_threads(1)
-w = torch.nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
+w = torch.nn.Parameter(torch.ones(int(sys.argv[1]), dtype=torch.bfloat16))
 w.grad = torch.zeros_like(w)
 opt = ProxSGD([w], lr=0.01, penalty=L1(0.01))
 for _ in range(1000):
@@ -193,9 +194,10 @@ print(w.double().mean().item(), hashlib.sha256(w.detach().view(torch.int16).nump
 """
 
 
-def test_a_thousand_tiny_shrinkages_add_up_alike_in_two_processes():
+@pytest.mark.parametrize("weights", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_thousand_tiny_shrinkages_add_up_alike_in_two_processes(weights):
     """Each is a fortieth of what moves a bfloat16 weight of 1 under nearest rounding."""
-    command = [sys.executable, "-c", THOUSAND_STEPS]
+    command = [sys.executable, "-c", THOUSAND_STEPS, str(weights)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     (mean, bits), (_, other_bits) = (process.communicate()[0].split() for process in running)
     assert float(mean) == pytest.approx(0.9, abs=0.001)
