@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns, weighted
 
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
+_NARROWEST = 64  # columns of a product that is as fast as a wide one
 
 
 class Design(ABC):
@@ -166,12 +166,17 @@ class Held:
 
 
 def inner(x: Tensor) -> Tensor:
-    """XᵀX. NumPy takes a symmetric product for it, which is half the work; torch has none."""
-    if x.device.type != "cpu":
-        return x.T @ x
-    array = x.detach().numpy()
-    with np.errstate(all="ignore"):
-        return torch.from_numpy(np.asarray(array.T @ array))
+    """XᵀX, of which a lower half of blocks is computed: torch has no symmetric product.
+
+    NumPy has one, but in what BLAS: for a processor newer than itself that may be the slowest kernel of all.
+    """
+    features = x.shape[1]
+    step, found = max(_NARROWEST, features // 8), x.new_empty(features, features)
+    for start in range(0, features, step):
+        end = min(start + step, features)
+        torch.mm(x[:, start:end].T, x[:, :end], out=found[start:end, :end])
+        found[:start, start:end] = found[start:end, :start].T
+    return found
 
 
 def weighted_mean(x: Tensor, weights: Tensor | None) -> Tensor:
