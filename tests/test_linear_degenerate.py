@@ -170,3 +170,45 @@ def test_too_few_steps_are_said() -> None:
 def test_unsuitable_strengths_of_a_path_are_refused(alphas: Any) -> None:
     with pytest.raises(ValueError, match="non-negative numbers"):
         lasso_path(*tall(), alphas=alphas)
+
+
+@pytest.mark.parametrize("features", [6, 200])
+@pytest.mark.parametrize("solver", ["auto", "fista", "cd"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_without_weight_have_to_be_finite_too(bad: float, solver: str, features: int) -> None:
+    """They have no part in any product, so that none would show them."""
+    x = np.random.default_rng(0).standard_normal((60, features))
+    y, weights = x[:, 0].copy(), np.ones(60)
+    x[10:20, 1], weights[10:20] = bad, 0
+    for pack in (np.asarray, torch.tensor):
+        with pytest.raises(ValueError, match=r"NaN|infinity"):
+            Lasso(0.05, fit_intercept=False, solver=solver).fit(pack(x), pack(y), sample_weight=pack(weights))
+
+
+def test_a_refinement_that_diverges_is_not_taken() -> None:
+    """Errors on the support are noise where float32 can't tell columns apart: only the gap says what is better."""
+    rng = np.random.default_rng(283)
+    x = (rng.standard_normal((200, 1)) + 1e-6 * rng.standard_normal((200, 3))).astype(np.float32)
+    y = (x[:, 0] + 0.1 * rng.standard_normal(200)).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of alpha=0
+        model = Lasso(0.0, fit_intercept=False).fit(x, y)
+    assert model.score(x, y) > 0.99
+    assert model.dual_gap_ < 1e-5
+
+
+def test_powers_of_a_variable_have_a_certificate() -> None:
+    rng = np.random.default_rng(2)
+    t = rng.uniform(0, 100, 300)
+    x, y = np.stack([t**j for j in range(1, 7)], 1), t / 100 + 0.1 * rng.standard_normal(300)
+    model = ElasticNet(0.01, l1_ratio=1e-3, positive=True).fit(x, y)
+    assert model.dual_gap_ < 1e-12
+
+
+def test_positive_coefficients_stay_so_where_steps_run_out() -> None:
+    rng = np.random.default_rng(346)
+    x, y = rng.standard_normal((30, 15)), rng.standard_normal(30)
+    for steps in range(1, 6):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert Lasso(0.0, positive=True, max_iter=steps).fit(x, y).coef_.min() >= 0

@@ -237,3 +237,25 @@ def test_parameters_survive_a_clone(estimator: Any) -> None:
     assert (model.device, model.dtype, model.solver, model.positive) == ("cpu", "float32", "newton", True)
     with pytest.raises(ValueError, match="'solver' parameter"):
         model.set_params(solver="lars").fit(*tall())
+
+
+def test_targets_that_are_a_part_of_data_which_may_be_overwritten() -> None:
+    x = np.asfortranarray(np.random.default_rng(0).standard_normal((60, 5)) + 2)
+    expected = Lasso(0.01).fit(x, x[:, 0].copy())
+    found = Lasso(0.01, copy_X=False).fit(x, x[:, 0])
+    assert found.intercept_ == pytest.approx(expected.intercept_)
+    np.testing.assert_allclose(found.coef_, expected.coef_, rtol=1e-9, atol=1e-12)
+
+
+def test_sparse_targets_are_refused() -> None:
+    x, _ = tall()
+    with pytest.raises(TypeError, match="dense data is required"):
+        Lasso().fit(x, sparse.csr_matrix(x[:, :1]))
+
+
+def test_a_column_of_targets_has_one_intercept_after_cross_validation() -> None:
+    x, y = tall()
+    with pytest.warns(Warning, match="1d array was expected"):
+        model = LassoCV(cv=3).fit(x, y[:, None])
+    assert np.shape(model.intercept_) == ()
+    assert model.coef_.shape == (x.shape[1],)

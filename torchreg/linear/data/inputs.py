@@ -86,6 +86,7 @@ def read(
     Raises:
         ValueError, TypeError: as scikit-learn does, for shapes that don't match, NaN, infinity or no data.
     """
+    finite = finite or _any_zero(sample_weight)  # which no sum with weights would find
     if isinstance(x, Tensor):
         return _read_tensors(estimator, x, y, sample_weight, finite)
     dtype = asked_dtype(estimator.dtype)
@@ -104,7 +105,7 @@ def read(
             accept_large_sparse=False,
             ensure_all_finite=finite or not isinstance(x, np.ndarray),
         )
-        if y.dtype != x.dtype:
+        if sparse.issparse(y) or y.dtype != x.dtype:
             y = check_array(y, dtype=x.dtype.type, ensure_2d=False, input_name="y")
     elif sample_weight is None and not sparse.issparse(x) and not x.flags.f_contiguous:
         raise ValueError("Expected X in columns (Fortran order) with check_input=False, got it in rows.")
@@ -117,7 +118,7 @@ def read(
     matrix = x if sparse.issparse(x) else as_tensor(x).to(device)
     if sparse.issparse(x):
         device = torch.device("cpu")
-    targets = as_tensor(y).to(device, torch.float64)
+    targets = as_tensor(y).to(device, torch.float64, copy=True)  # X may be overwritten, and y a part of it
     weights = None if sample_weight is None else _normalised(as_tensor(sample_weight).to(device, torch.float64))
     writeable = not sparse.issparse(x) and x.flags.writeable
     return Data(matrix, targets.reshape(len(targets), -1), y.ndim == 1, weights, None, writeable)
@@ -210,6 +211,13 @@ def as_tensor(array: Any) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
         return torch.from_numpy(array)
+
+
+def _any_zero(weights: Any) -> bool:
+    """Whether some of the sample weights that a user gave are zero."""
+    if weights is None or isinstance(weights, numbers.Number):
+        return False
+    return bool(((weights if isinstance(weights, Tensor) else np.asarray(weights)) == 0).any())
 
 
 def _normalised(weights: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,7 +56,7 @@ class CrossValidated(TensorPrediction):
         """
         _raise_for_params(params, self, "fit")
         data = read(self, X, y, sample_weight)
-        y = self._target(data, y)
+        data, y = self._target(data, y)
         ratios = self._ratios()
         problem = self._problem(data)
         grids = self._grids(problem, ratios)
@@ -81,11 +82,13 @@ class CrossValidated(TensorPrediction):
         self.dual_gap_, self.n_iter_ = model.dual_gap_, model.n_iter_
         return self
 
-    def _target(self, data: Data, y: Any) -> Any:
-        """What is given as y to the splitter and the final fit."""
+    def _target(self, data: Data, y: Any) -> tuple[Data, Any]:
+        """The data with their targets in the shape that is fitted, and what is given to the splitter as y."""
         if data.y.shape[1] > 1:
             raise ValueError(f"For multi-task outputs, use MultiTask{type(self).__name__}")
-        return column_or_1d(y, warn=True) if not data.single and data.home is None else y
+        if data.single or data.home is not None:
+            return data, y
+        return replace(data, single=True), column_or_1d(y, warn=True)
 
     def _problem(self, data: Data) -> Problem:
         return Problem(data.design(self.fit_intercept)[0], data.targets(self.fit_intercept)[0][0], self.positive)

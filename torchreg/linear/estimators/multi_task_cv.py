@@ -19,10 +19,10 @@ from torchreg.linear.paths.path import all_targets, enet_path, lasso_path
 class _SharedFeatures(CrossValidated):
     """All targets of a fold are one problem."""
 
-    def _target(self, data: Data, y: Any) -> Any:
+    def _target(self, data: Data, y: Any) -> tuple[Data, Any]:
         if data.single:
             raise ValueError(f"For mono-task outputs, use {type(self).__name__.removeprefix('MultiTask')}")
-        return y
+        return data, y
 
     def _problem(self, data: Data) -> Problem:
         return all_targets(data, self.fit_intercept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,14 +80,11 @@ def solve_on_gram(
 
 def _on_data(problem: Problem, normal: Normal, solution: Solution, strength: Strength) -> Solution:
     """The solution with residuals that are computed, not inferred from the Gram matrix, and its gap."""
-    n, w, least = max(1, problem.design.samples), solution.values, math.inf
+    best, w = solution, solution.values
     for attempt in range(3):
         residual = problem.target - problem.design.fitted(w.unsqueeze(0))
+        n = max(1, problem.design.samples)
         pull = problem.design.correlations(residual)
-        finer, worst = refined(normal.gram, w, pull[0], strength)
-        if attempt and worst > least:
-            break
-        least, best = worst, w
         fit = Fit(
             residual.square().sum(1) / n,
             residual @ problem.target / n,
@@ -95,8 +92,11 @@ def _on_data(problem: Problem, normal: Normal, solution: Solution, strength: Str
             w.square().sum().unsqueeze(0),
             pull,
         )
+        gap = normal.gaps(w.unsqueeze(0), [strength], fit)[0]
+        if attempt == 0 or gap < best.gap:
+            best = Solution(solution.index, w, gap, solution.steps)
+        finer, _ = refined(normal.gram, w, pull[0], strength, normal.positive)
         if finer is None:
             break
         w = finer
-    gap = normal.gaps(best.unsqueeze(0), [strength], fit)[0]
-    return replace(solution, values=best, gap=gap)
+    return best

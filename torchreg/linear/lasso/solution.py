@@ -38,7 +38,7 @@ def errors(w: Tensor, pull: Tensor, strength: Strength) -> Tensor:
     return signed.sub_(here, alpha=strength.l2) if strength.l2 else signed
 
 
-def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength) -> tuple[Tensor | None, float]:
+def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength, positive: bool) -> tuple[Tensor | None, float]:
     """One step of iterative refinement on the support of w, from a pull Zᵀ(z − Zw)/n that is not taken from the Gram.
 
     Returns:
@@ -59,7 +59,7 @@ def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength) -> tuple[
     if stuck is not None:
         return None, worst
     moved = here + torch.cholesky_solve(error.unsqueeze(1), factor).squeeze(1)
-    if strength.l1 and bool((moved * here <= 0).any()):
+    if (strength.l1 or positive) and bool((moved * here <= 0).any()):
         return None, worst
     result = w.clone()
     result[support] = moved

@@ -94,7 +94,7 @@ class WorkingSet:
         """`w` without the rounding of the Gram matrix, as far as X itself allows."""
         support = torch.nonzero(w).squeeze(1)
         pull = self._pull(w, support)
-        finer, was = refined(self.gram, w, pull, strength)
+        finer, was = refined(self.gram, w, pull, strength, self.problem.positive)
         if finer is None:
             return w
         after = errors(finer, self._pull(finer, support), strength)
