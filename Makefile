@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 
 # Two processes of one thread each: with two threads each they wait for each other, which took twice as long.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # What takes minutes, and `make test` leaves out: long examples, all optimizers in several processes, and more.
 test-slow: $(VENV)/.dev

@@ -551,7 +551,7 @@ def test_huge_rates_are_refused_in_one_line(tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("limit", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line(limit, tmp_path):
     path = mnist_like(tmp_path / "toy.npz")
     arguments = ["compare", "--data", path, *SMALL, "--json", "--no-figure", "--logdir", tmp_path / "r"]

@@ -36,7 +36,9 @@ def train(case, dtypes: list[torch.dtype], compiled: bool, **kwargs) -> tuple[li
 @pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.bfloat16]], ids=["float32", "mixed"])
 @pytest.mark.parametrize(
-    "penalty", [None, L1(0.3), ElasticNet(torch.tensor([0.0, 0.1, 0.6]), 0.2)], ids=["none", "L1", "per coordinate"]
+    "penalty",
+    [None, L1(0.3), pytest.param(ElasticNet(torch.tensor([0.0, 0.1, 0.6]), 0.2), marks=pytest.mark.slow)],
+    ids=["none", "L1", "per coordinate"],
 )
 def test_one_graph_that_outlives_changes_of_lr_and_strength(case, foreach, dtypes, penalty):
     if foreach and not case.tensor_lr_foreach:

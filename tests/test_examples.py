@@ -29,7 +29,7 @@ def test_every_example_is_short():
         assert len(path.read_text(encoding="utf-8").splitlines()) < 80, path.name
 
 
-@pytest.mark.parametrize("route", [(), ("--hook",)])
+@pytest.mark.parametrize("route", [(), pytest.param(("--hook",), marks=pytest.mark.slow)])
 def test_add_penalty_shrinks_and_zeroes_nothing(route):
     out = run("add_penalty.py", "--epochs", "15", *route)
     assert "left alone" in out
