@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class Dense(Design):
         if self.root is not None:
             residuals = residuals * self.root
         narrow = residuals.to(self.x.dtype)
-        first, *others = weighted(self.root, self.samples)
+        first, *others = self._runs
         found = self._product(narrow, first)
         for run in others:
             found += self._product(narrow, run)
@@ -97,6 +98,10 @@ class Dense(Design):
         if self.mean is not None:
             found -= residuals.sum(1, keepdim=True) * self.mean
         return found / self.samples
+
+    @cached_property
+    def _runs(self) -> list[slice]:
+        return weighted(self.root, self.samples)
 
     def _product(self, rows: Tensor, run: slice) -> Tensor:
         """Rows times X, over some samples: (m, n) -> (m, features)."""

@@ -95,17 +95,17 @@ static void advance(Faces *f, int64_t i) {
 /* The factor's rows without the one at a position: those behind it lose a column to rotations, which take TILE rows
    at a time, each a chain of dependent operations. */
 static void rotate(Faces *f, int64_t position) {
-    int64_t last = f->known - 1, from = position;
+    int64_t last = f->known - 1;
     for (int64_t top = position; top < last; top += TILE) { /* rows that are written; each is read from the next */
         int64_t rows = last - top < TILE ? last - top : TILE, common = top - position;
         double carry[TILE] = {0};
         for (int64_t r = 0; r < rows; r++) {
             double *row = f->factor + (top + r) * f->k;
             memcpy(row, row + f->k, position * sizeof(double));
-            carry[r] = row[f->k + from];
+            carry[r] = row[f->k + position];
         }
         if (rows == TILE) {
-            double *a = f->factor + top * f->k + from, *b = a + f->k, *c = b + f->k, *d = c + f->k, *e = d + f->k;
+            double *a = f->factor + top * f->k + position, *b = a + f->k, *c = b + f->k, *d = c + f->k, *e = d + f->k;
             for (int64_t t = 0; t < common; t++) {
                 double cosine = f->u[t], sine = f->v[t], p = b[t + 1], q = c[t + 1], x = d[t + 1], y = e[t + 1];
                 a[t] = cosine * carry[0] + sine * p, carry[0] = cosine * p - sine * carry[0];
@@ -117,7 +117,7 @@ static void rotate(Faces *f, int64_t position) {
             common = 0;
         }
         for (int64_t r = 0; r < rows; r++) {
-            double *row = f->factor + (top + r) * f->k + from, *next = row + f->k;
+            double *row = f->factor + (top + r) * f->k + position, *next = row + f->k;
             for (int64_t t = common; t < top + r - position; t++) {
                 row[t] = f->u[t] * carry[r] + f->v[t] * next[t + 1];
                 carry[r] = f->u[t] * next[t + 1] - f->v[t] * carry[r];
