@@ -15,7 +15,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-# What takes minutes, and `make test` leaves out: long examples, all optimizers in several processes, and more.
+# What takes minutes, and `make test` leaves out: long examples, all optimizers in several processes, all combinations
+# of parameters (tests/covering.py), and more.
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
