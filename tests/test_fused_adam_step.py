@@ -8,7 +8,6 @@ import pytest
 import torch
 from optimizer_cases import PENALTIES, parameters, set_gradients, snapshot
 from test_fused_step import RUNS, Poisoned, brute_force, drawn, dtypes, grouped, one_and_two_threads, spread, using
-from test_triton_step import compiled
 from torch import nn
 from triton_support import require_triton
 
@@ -97,6 +96,7 @@ def require(name: str, dtype: torch.dtype) -> None:
 kernels = pytest.mark.parametrize("name", ["native", "triton"])
 
 
+@pytest.mark.pairs(name="triton")
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("penalty", [None, *PENALTIES.values()], ids=["none", *PENALTIES])
@@ -120,6 +120,7 @@ def test_a_kernel_agrees_with_torch_and_a_proximal_operator(name, dtype, penalty
     assert not any((p.signbit() & (p == 0)).any() for p in ours.params) or penalty is None
 
 
+@pytest.mark.pairs
 @one_and_two_threads
 @hypers
 @pytest.mark.parametrize("penalty", [L1(0.3), ElasticNet(0.3, 0.2), None], ids=str)
@@ -140,6 +141,7 @@ def test_large_tensors_in_several_pieces_touch_no_other_memory(hyper, threads, p
     assert all(group.untouched() for group in guarded)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @grouped
 @pytest.mark.parametrize("name", ["plain", "identity", "all"])
@@ -164,6 +166,7 @@ def test_groups_in_triton_agree(name, penalty, dtype):
     assert zeros.tolist() == [int((p == 0).sum()) for p in ours.params]
 
 
+@pytest.mark.pairs
 @one_and_two_threads
 @dtypes
 @grouped
@@ -268,13 +271,3 @@ def test_groups_go_together_and_count_what_they_leave():
         for p, row in zip(counts.counted(), rows, strict=True):
             torch.testing.assert_close(row, brute_force(before[p], p.detach()), rtol=1e-6, atol=0)
     assert plain.step_counts() is None
-
-
-@pytest.mark.parametrize(
-    ("kernel", "width"), [("triton_prox_adam.prox_adam", 0), ("triton_group_adam.prox_adam_groups", 1024)]
-)
-def test_the_kernel_compiles_for_a_gpu_and_reads_16_bytes_at_once(kernel, width, tmp_path):
-    require_triton()
-    for wide, built in compiled(kernel, width, tmp_path):
-        assert wide >= 4  # weights, gradients and two moments
-        assert built

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -89,6 +86,7 @@ def test_the_value_is_the_sum_of_the_penalties(form, dtype, penalty):
         )
 
 
+@pytest.mark.pairs
 @every_dtype
 @every_penalty
 @pytest.mark.parametrize(
@@ -553,49 +551,6 @@ def test_a_gpu_gives_the_same_without_a_stall_and_in_a_graph(dtype):
     reg.strength_scale = 0.25
     graph.replay()
     torch.testing.assert_close(captured, -0.5 * alone)
-
-
-COMPILE = """
-import re
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from torchreg.kernels import triton_penalty, triton_penalty_kernels
-
-types = dict(table="*i64", tensors="i32", pieces="*i64", count="i32", strengths="*fp64")
-kernels = (("penalty_value", dict(partials="*fp64"), {}), ("penalty_gradient", dict(factor="*fp32"), dict(ADDED=True)))
-for name, last, flags in kernels:
-    for dtype, compute in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float64, tl.float64)):
-        constants = dict(DTYPE=dtype, COMPUTE=compute, ALIGNED=True)
-        constants |= dict(PIECE=triton_penalty.PIECE_SIZE, BLOCK=triton_penalty._BLOCK, **flags)
-        pointers = {**types, **last}
-        signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
-        positions = {name: (i,) for i, name in enumerate(signature)}
-        source = ASTSource(
-            getattr(triton_penalty_kernels, name),
-            signature=signature,
-            constexprs={positions[name]: value for name, value in constants.items()},
-            attrs={positions[name]: [["tt.divisibility", 16]] for name, kind in pointers.items() if kind[0] == "*"},
-        )
-        options = {"num_warps": triton_penalty._WARPS}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        wide = "v2.b64" if dtype == tl.float64 else "v4.b32"
-        print(len(re.findall(rf"ld\\.global\\.{wide}", compiled.asm["ptx"])), len(compiled.asm["cubin"]) > 0)
-"""
-
-
-def test_the_kernels_compile_for_a_gpu_and_read_16_bytes_at_once(tmp_path):
-    """Compiling needs no GPU, only Triton's own assembler."""
-    needs_triton("triton")
-    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 6
-    for at_least, (wide, built) in zip([1, 1, 1, 2, 2, 2], lines, strict=True):  # weights; weights and gradients
-        assert int(wide) >= at_least
-        assert built == "True"
 
 
 def test_a_large_model_is_one_that_pays():

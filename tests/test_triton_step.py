@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -78,6 +75,7 @@ def assert_equal(a: SGDTensors, b: SGDTensors) -> None:
         torch.testing.assert_close(x, y, equal_nan=True)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 @pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
@@ -242,6 +240,7 @@ def in_rows(dtype: torch.dtype, momentum: bool, shapes=ROWS) -> SGDTensors:
     return SGDTensors(params, grads, buffers, first, seeds=[1000 * i + 7 for i in range(len(params))])
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @grouped
 @pytest.mark.parametrize("name", ["plain", "dampening", "nesterov"])
@@ -299,52 +298,3 @@ def test_groups_too_long_for_a_program_are_refused():
     p = torch.empty(2, LONGEST + 1, device="meta")
     assert f"its groups have {LONGEST + 1} weights" in fused_form.obstacle(p, GroupLasso(0.1), metric=False)
     assert fused_form.obstacle(p[:, 1:].clone(), GroupLasso(0.1), metric=False) is None
-
-
-COMPILE = """
-import re
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from torchreg.kernels import MODULE, triton_step
-
-types = dict(table="*i64", tensors="i32", pieces="*i64", count="i32", begin="i32", hypers="*fp64", counts="*fp64")
-types |= dict(grad_scale="*fp32", found_inf="*fp32")
-for dtype, compute in ((tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float64, tl.float64)):
-    constants = dict(DTYPE=dtype, COMPUTE=compute, LARGEST=3.4e38, SCALED=True, GUARDED=True, ALIGNED=True)
-    constants |= triton_step.tile(WIDTH)
-    warps = constants.pop("num_warps")
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    positions = {name: (i,) for i, name in enumerate(signature)}
-    source = ASTSource(
-        MODULE.KERNEL,
-        signature=signature,
-        constexprs={positions[name]: value for name, value in constants.items()},
-        attrs={positions[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    wide = "v2.b64" if dtype == tl.float64 else "v4.b32"
-    print(len(re.findall(rf"ld\\.global\\.{wide}", compiled.asm["ptx"])), len(compiled.asm["cubin"]) > 0)
-"""
-
-
-KERNELS = {"triton_prox_sgd.prox_sgd": [0], "triton_group_sgd.prox_sgd_groups": [LONGEST]}
-
-
-def compiled(kernel: str, width: int, folder) -> list[tuple[int, bool]]:
-    """Per dtype, how many loads of 16 bytes the kernel has, and whether there is code: that needs no GPU."""
-    module, name = kernel.split(".")
-    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
-    script = COMPILE.replace("MODULE", module).replace("KERNEL", name).replace("WIDTH", str(width))
-    done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = (line.split() for line in done.stdout.splitlines())
-    return [(int(wide), built == "True") for wide, built in lines]
-
-
-@pytest.mark.parametrize(("kernel", "width"), [(k, width) for k, widths in KERNELS.items() for width in widths])
-def test_the_kernel_compiles_for_a_gpu_and_reads_16_bytes_at_once(kernel, width, tmp_path):
-    for wide, built in compiled(kernel, width, tmp_path):
-        assert wide >= 3  # weights, gradients and momentum
-        assert built
