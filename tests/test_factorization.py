@@ -47,7 +47,10 @@ def fit(model, optimizer, reg, x, y, steps, route="loss"):
         return loss
 
     for _ in range(steps):
+        before = [p.detach().clone() for p in model.parameters()]
         optimizer.step(closure)
+        if all((p - b).abs().max() < 1e-8 for p, b in zip(model.parameters(), before, strict=True)):
+            break
 
 
 # It is the lasso

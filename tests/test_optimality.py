@@ -40,9 +40,12 @@ def network():
 def minimise(model, closure, penalty, steps=2000):
     optimizer = ProxSGD(Regularizer(model, penalty).param_groups(), lr=0.3)
     for _ in range(steps):
+        before = [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
         closure().backward()
         optimizer.step()
+        if all((p - b).abs().max() < 1e-15 for p, b in zip(model.parameters(), before, strict=True)):
+            break
 
 
 def snapshot(model):
