@@ -187,6 +187,7 @@ RUNS = (
 )
 
 
+@pytest.mark.pairs
 @dtypes
 @grouped
 @one_and_two_threads

@@ -80,6 +80,7 @@ def minimised(penalty, w, step):
 # The proximal operator
 
 
+@pytest.mark.pairs
 @every_penalty
 @every_kind
 @both_weights

@@ -31,6 +31,7 @@ def unpolished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solver, "_POLISHED", 0)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("fit_intercept", [False, True])

@@ -50,6 +50,7 @@ def assert_equal_training(given, foreach, dtype, theirs_class, **ours_only) -> N
         assert identical(list(a.state[p].values()), list(b.state[q].values()))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("given", INPUTS, ids=[i.desc for i in INPUTS])
 @implementations
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])

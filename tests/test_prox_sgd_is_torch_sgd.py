@@ -49,6 +49,7 @@ def train(optimizer: torch.optim.Optimizer, params: list[Parameter], steps: int 
         optimizer.step()
 
 
+@pytest.mark.pairs
 @inputs
 @implementations
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])

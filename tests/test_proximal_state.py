@@ -99,6 +99,7 @@ def test_copies_of_an_optimizer_go_on_exactly(case, hyper, dtype, copied):
     assert identical(snapshot(params), snapshot(clones))
 
 
+@pytest.mark.pairs
 @optimizers_and_hyperparameters
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheduler", ["StepLR", "OneCycleLR", None], ids=str)

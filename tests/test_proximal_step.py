@@ -54,6 +54,7 @@ def scalar(value: float, grad: float = 0.0, dtype: torch.dtype = torch.float32) 
 # What a step computes
 
 
+@pytest.mark.pairs
 @optimizers_and_hyperparameters
 @penalties
 @forms_and_dtypes(DTYPES)
@@ -96,6 +97,7 @@ def test_multi_tensor_operations_agree_with_the_reference(penalty, dtype):
             assert not torch.signbit(got[got == 0]).any()
 
 
+@pytest.mark.pairs
 @forms
 @pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}], ids=["plain", "all"])
 @pytest.mark.parametrize("penalty", [L1(0.01), ElasticNet(0.01, 0.02)], ids=["L1", "ElasticNet"])
@@ -104,6 +106,7 @@ def test_large_tensors_agree_with_torch_sgd_and_a_prox(form, hyper, penalty, sha
     assert_large_agree(form, hyper, penalty, shape, rtol=1e-14)  # fused multiply-add may differ by an ulp
 
 
+@pytest.mark.pairs
 @forms
 @pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}], ids=["plain", "all"])
 @pytest.mark.parametrize("penalty", [GroupLasso, functools.partial(SparseGroupLasso, 0.01, l2=0.1)], ids=["one", "two"])
@@ -173,6 +176,7 @@ def test_learning_rate_zero_is_the_identity(case, hyper, form, dtype):
         assert identical(snapshot(params), before)
 
 
+@pytest.mark.pairs
 @optimizers_and_hyperparameters
 @forms_and_dtypes(DTYPES)
 @pytest.mark.parametrize("penalty", [None, ElasticNet(0.3, 0.2)], ids=str)
@@ -293,6 +297,7 @@ def refused_when_moved(case, key, value):
     assert not opt.state
 
 
+@pytest.mark.pairs
 @optimizers_and_hyperparameters
 @forms
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
@@ -354,6 +359,7 @@ def test_a_strength_scale_can_be_learned_through_a_differentiable_step():
 # Between the descent and the proximal operator
 
 
+@pytest.mark.pairs
 @optimizers_and_hyperparameters
 @forms_and_dtypes([torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("penalty", [L1(0.3), ElasticNet(0.3, torch.tensor([0.2, 0.0, 0.4]))], ids=str)

@@ -108,6 +108,7 @@ def assert_solved(w: Tensor, expected: Tensor, rtol: float = 1e-6) -> None:
     assert torch.equal(w == 0, expected == 0)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("data", ["diabetes", "make_regression"])
 @pytest.mark.parametrize("penalty", ["L1", "L2", "ElasticNet"])
 @pytest.mark.parametrize("hyper", MOMENTA.values(), ids=MOMENTA)
@@ -146,6 +147,7 @@ def test_a_linear_layer_trained_by_autograd_is_the_estimator(penalty):
     assert torchreg.kkt_residual(reg, lambda: loss(model, p)) <= 1e-6
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("penalty", ["L1", "L2", "ElasticNet"])
 @pytest.mark.parametrize("route", ["loss", "hook"])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])

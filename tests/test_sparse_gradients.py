@@ -194,6 +194,7 @@ def through(copied):
     return again
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("optimizer", "hyper"),

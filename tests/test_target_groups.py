@@ -41,6 +41,7 @@ def _run(build, rules, target, steps=60, seed=0, of="weights"):
     return model, aim
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("target", [0.5, 0.83])
