@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_cases import optimizers, parameters, set_gradients, snapshot
+from optimizer_cases import OPTIMIZERS, optimizers, parameters, set_gradients, snapshot
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -32,8 +32,16 @@ def train(case, dtypes: list[torch.dtype], compiled: bool, **kwargs) -> tuple[li
     return snapshot(params), frames
 
 
-@optimizers
-@pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
+@pytest.mark.pairs
+@pytest.mark.parametrize(
+    ("case", "foreach"),
+    [
+        pytest.param(case, foreach, id=f"{'foreach' if foreach else 'loop'}-{name}")
+        for name, case in OPTIMIZERS.items()
+        for foreach in (False, True)
+        if case.tensor_lr_foreach or not foreach  # torch's own refuses a learning rate that is a tensor there
+    ],
+)
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.bfloat16]], ids=["float32", "mixed"])
 @pytest.mark.parametrize(
     "penalty",
@@ -41,8 +49,6 @@ def train(case, dtypes: list[torch.dtype], compiled: bool, **kwargs) -> tuple[li
     ids=["none", "L1", "per coordinate"],
 )
 def test_one_graph_that_outlives_changes_of_lr_and_strength(case, foreach, dtypes, penalty):
-    if foreach and not case.tensor_lr_foreach:
-        pytest.skip("torch's own refuses a learning rate that is a tensor there")
     kwargs = {"foreach": foreach, "penalty": penalty, **case.usual}
     expected, _ = train(case, dtypes, compiled=False, **kwargs)
     got, frames = train(case, dtypes, compiled=True, **kwargs)

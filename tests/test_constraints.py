@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from descent import descend
 from penalty_table import PENALTIES
 from scipy.optimize import lsq_linear, nnls
 from torch import nn
@@ -293,11 +294,13 @@ def solve(penalty, layers=1, steps=1500, optimizer=lambda groups: ProxSGD(groups
         output = sum(layer(part) for layer, part in zip(model, parts, strict=True))
         return 0.5 * (output.squeeze() - y).square().mean()
 
-    for _ in range(steps):
+    def step():
         optimizer.zero_grad()
         closure().backward()
         optimizer.step()
         schedule.step()
+
+    descend(step, model.parameters(), steps, still=0 if cool else 1e-14)
     return torch.cat([layer.weight.detach().flatten() for layer in model]), reg, closure
 
 

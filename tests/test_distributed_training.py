@@ -47,7 +47,7 @@ def _trained(optimizer, names, wrap, *, dtype=torch.float64, share=slice(None), 
 
 
 def _compared(optimizer, wraps, dtype=torch.float64, split=False, steps=50, warm_up=0):
-    """For each way the largest deviations from a single process, which the first one is, by parameter, and the weights."""
+    """For each way the largest deviations from a single process, by parameter, and the weights."""
     names = names_for(optimizer)
     share = slice(dist.get_rank(), None, dist.get_world_size()) if split else slice(None)
     first = dist.get_rank() == 0

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from descent import descend
 from torch import nn
 
 import torchreg
@@ -46,11 +47,7 @@ def fit(model, optimizer, reg, x, y, steps, route="loss"):
         loss.backward()
         return loss
 
-    for _ in range(steps):
-        before = [p.detach().clone() for p in model.parameters()]
-        optimizer.step(closure)
-        if all((p - b).abs().max() < 1e-8 for p, b in zip(model.parameters(), before, strict=True)):
-            break
+    descend(lambda: optimizer.step(closure), model.parameters(), steps, still=1e-7)
 
 
 # It is the lasso

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from descent import descend
 from penalty_table import PENALTIES
 
 from torchreg import L0, L1, MCP, SCAD, LHalf, LogSum, ProxAdamW, ProxSGD, Regularizer, kkt_residual, strength_max
@@ -233,11 +234,13 @@ def solve(penalty, steps=1500, scale=1.0, adam=False):
     def closure():
         return 0.5 * (model(x).squeeze() - y).square().mean()
 
-    for _ in range(steps):
+    def step():
         optimizer.zero_grad()
         closure().backward()
         optimizer.step()
         schedule.step()
+
+    descend(step, model.parameters(), steps, still=0 if adam else 1e-14)
     return model.weight.detach().squeeze(), reg, closure, truth
 
 

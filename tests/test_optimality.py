@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from descent import descend
 from penalty_table import every_penalty
 from torch import nn
 
@@ -39,13 +40,13 @@ def network():
 
 def minimise(model, closure, penalty, steps=2000):
     optimizer = ProxSGD(Regularizer(model, penalty).param_groups(), lr=0.3)
-    for _ in range(steps):
-        before = [p.detach().clone() for p in model.parameters()]
+
+    def step():
         optimizer.zero_grad()
         closure().backward()
         optimizer.step()
-        if all((p - b).abs().max() < 1e-15 for p, b in zip(model.parameters(), before, strict=True)):
-            break
+
+    descend(step, model.parameters(), steps)
 
 
 def snapshot(model):
