@@ -110,6 +110,7 @@ def assert_solved(w: Tensor, fraction: float, penalty: str) -> None:
     assert torch.equal(w != 0, expected != 0)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("row", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("penalty", ["L1", "ElasticNet"])
 @pytest.mark.parametrize("fraction", [1 / 3, 1 / 10, 1 / 30], ids=["1/3", "1/10", "1/30"])

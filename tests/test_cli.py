@@ -61,7 +61,7 @@ def test_an_ascii_terminal_gets_the_table_too(tmp_path):
     assert "0.weight" in done.stdout
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_any_terminal_gets_the_help(encoding):
     done = program("compare", "--help", env={**os.environ, "PYTHONIOENCODING": encoding}, errors="replace")
     assert (done.returncode, done.stderr) == (0, "")
@@ -69,7 +69,9 @@ def test_any_terminal_gets_the_help(encoding):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "model.pt"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(["--help"], marks=pytest.mark.slow), ["inspect", "model.pt"]], ids=" ".join
+)
 def test_an_output_that_takes_nothing_is_one_line(arguments, tmp_path):
     torch.save({"w": torch.zeros(2)}, tmp_path / "model.pt")
     with open("/dev/full", "w") as full:

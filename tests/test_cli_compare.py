@@ -508,7 +508,7 @@ def test_labels_need_not_start_at_zero_and_may_be_a_column(tmp_path):
     assert all(value is None for entry in document["methods"] for value in entry["std"].values())
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 3), (7,), (3,)])
+@pytest.mark.parametrize("shape", [(5, 4, 3), (7,), pytest.param((3,), marks=pytest.mark.slow)])
 def test_data_of_any_shape_gets_a_figure(shape, tmp_path):
     pytest.importorskip("matplotlib")
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """The examples run as a user runs them, on real data, and show what they promise."""
 
+import functools
 import os
 import re
 import subprocess
@@ -7,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from example import EXAMPLES, printed
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("sklearn")
 
 
@@ -18,6 +19,12 @@ def run(name: str, *args: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs an example in this process, which has imported torch: others show that they are programs."""
+    return functools.partial(printed, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def percent(pattern: str, text: str) -> float:
@@ -30,8 +37,8 @@ def test_every_example_is_short():
 
 
 @pytest.mark.parametrize("route", [(), pytest.param(("--hook",), marks=pytest.mark.slow)])
-def test_add_penalty_shrinks_and_zeroes_nothing(route):
-    out = run("add_penalty.py", "--epochs", "15", *route)
+def test_add_penalty_shrinks_and_zeroes_nothing(route, here):
+    out = here("add_penalty.py", "--epochs", "15", *route)
     assert "left alone" in out
     assert percent("test accuracy", out) > 90
     assert percent("exactly zero:", out) == 0
@@ -44,18 +51,18 @@ def test_swap_optimizer_leaves_exact_zeros():
     assert "KKT residual" in out
 
 
-def test_refit_keeps_the_zeros_and_mends_the_loss():
-    out = run("refit.py", "--epochs", "15")
+def test_refit_keeps_the_zeros_and_mends_the_loss(here):
+    out = here("refit.py", "--epochs", "15")
     before, after = re.findall(r"test accuracy ([\d.]+)%, training loss ([\d.]+), exact zeros ([\d.]+)%", out)
     assert float(after[2]) == float(before[2]) > 60
     assert float(after[1]) < 0.6 * float(before[1])
     assert float(after[0]) >= float(before[0]) > 85
 
 
-def test_monitor_sparsity_writes_a_run(tmp_path):
+def test_monitor_sparsity_writes_a_run(tmp_path, here):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = run("monitor_sparsity.py", "--epochs", "10", "--logdir", str(tmp_path))
+    out = here("monitor_sparsity.py", "--epochs", "10", "--logdir", str(tmp_path))
     assert percent("exact zeros", out) > 30
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()
     assert {"sparsity/total", "loss/data", "loss/penalty", "threshold/group0"} <= set(tags["scalars"])

@@ -42,7 +42,7 @@ GROUPS = [
     MultiTaskElasticNet(),
     GroupLasso(),
     MultiTaskLassoCV(alphas=4, cv=3),
-    MultiTaskElasticNetCV(alphas=4, cv=3),
+    pytest.param(MultiTaskElasticNetCV(alphas=4, cv=3), marks=pytest.mark.slow),
 ]
 CLASSIFIERS = [LogisticRegression(), LogisticRegression(l1_ratio=0.5)]
 DEFAULT = [pytest.param(LassoCV(), marks=pytest.mark.slow), pytest.param(ElasticNetCV(), marks=pytest.mark.slow)]

@@ -90,8 +90,10 @@ def digits():
 
 @pytest.mark.parametrize(
     ("make", "lr", "options", "loss"),
-    [(ProxSGD, 0.2, {"momentum": 0.9}, 0.01), (ProxAdamW, 3e-2, {"weight_decay": 0}, 0.01)],
-    ids=["ProxSGD", "ProxAdamW"],
+    [
+        pytest.param(ProxSGD, 0.2, {"momentum": 0.9}, 0.01, id="ProxSGD"),
+        pytest.param(ProxAdamW, 3e-2, {"weight_decay": 0}, 0.01, id="ProxAdamW", marks=pytest.mark.slow),
+    ],
 )
 def test_ninety_percent_on_the_digits(make, lr, options, loss):
     data, training = digits()
