@@ -320,7 +320,7 @@ def test_in_adams_metric_the_constrained_problem_is_the_same(constraint):
     def adam(groups):
         return ProxAdamW(groups, lr=0.05, weight_decay=0)
 
-    w, reg, closure = solve(constraint, layers=2, optimizer=adam, cool=True)
+    w, reg, closure = solve(constraint, layers=2, steps=1000, optimizer=adam, cool=True)
     assert kkt_residual(reg, closure) < 1e-8
     if isinstance(constraint, NonNegative):
         np.testing.assert_allclose(w, nnls(*(t.numpy() for t in regression()))[0], rtol=0, atol=1e-8)

@@ -98,7 +98,7 @@ def _rmsprop(w: nn.Parameter, penalty: Penalty) -> Proximal:
 OPTIMIZERS: dict[str, Any] = {"ProxSGD": _sgd, "ProxAdamW": _adam, "RMSprop": _rmsprop}
 
 
-def descend(make: Any, penalty: Penalty, steps: int = 1200) -> Tensor:
+def descend(make: Any, penalty: Penalty, steps: int = 700) -> Tensor:
     w = weight()
     opt = make(w, penalty)
     adaptive = not isinstance(opt, ProxSGD)

@@ -255,7 +255,7 @@ def test_prox_sgd_ends_in_a_stationary_point_with_the_true_support(penalty, scal
 
 @pytest.mark.parametrize("penalty", [MCP(0.3, 3.0), SCAD(0.3), LogSum(0.3, 0.1), LHalf(0.3), L0(0.1)], ids=repr)
 def test_in_adams_metric_too(penalty):
-    w, reg, closure, truth = solve(penalty, adam=True)
+    w, reg, closure, truth = solve(penalty, steps=1000, adam=True)
     assert kkt_residual(reg, closure) < 1e-9
     if not isinstance(penalty, (L0, LHalf)):  # which hold a weight on its way through zero
         assert torch.equal(w != 0, truth != 0)
