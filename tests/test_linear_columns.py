@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchreg.linear.data import columns
+from torchreg.linear.data import columns, native_columns
 from torchreg.linear.data.design import Dense, weighted_mean
 
 N, P = 300, 96
@@ -27,13 +27,18 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "_SHORTEST", 64)
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("weights", ["no", "all", "a fold's"])
 @pytest.mark.parametrize("offset", [None, 0.0, 3.0, 1e4], ids=str)
 @pytest.mark.parametrize("order", ["rows", "columns", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_products_are_those_of_centred_and_weighted_columns(
-    dtype: Any, order: str, offset: float | None, weights: str
+    dtype: Any, order: str, offset: float | None, weights: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not compiled:
+        monkeypatch.setattr(native_columns, "unavailable", lambda: "no compiler")
+    elif native_columns.unavailable() is not None:
+        pytest.skip(str(native_columns.unavailable()))
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(2 * N, 2 * P, generator=generator, dtype=torch.float64) + (offset or 0)).to(dtype)
     x = {"rows": x[:N, :P].contiguous(), "columns": x[:N, :P].T.contiguous().T, "strided": x[::2, ::2]}[order]
@@ -47,6 +52,11 @@ def test_products_are_those_of_centred_and_weighted_columns(
     for r in (z[:, :1].T, z[:, :3].T):
         scale = 1e3 if dtype == torch.float32 else 1e-6
         torch.testing.assert_close(design.correlations(r), r @ z / N, rtol=1e-6 * scale, atol=1e-6 * scale)
+    assert design.selective == (compiled and order == "columns")
+    if design.selective:
+        r, some = z[:, 0], torch.tensor([95, 3, 3, 0, 40, 41])
+        close = 1e-12 * (1 + (offset or 0) ** 2)
+        torch.testing.assert_close(design.some_correlations(r, some), r @ z[:, some] / N, rtol=close, atol=close)
     held = design.columns()
     index: list[int] = []
     for added in ADDED:
@@ -55,10 +65,11 @@ def test_products_are_those_of_centred_and_weighted_columns(
         torch.testing.assert_close(products, z[:, added].T @ z[:, index] / N, rtol=1e-11, atol=1e-11)
         w = torch.randn(2, len(index), generator=generator, dtype=torch.float64)
         w[:, :1] = 0
-        torch.testing.assert_close(held.combine(w), w @ z[:, index].T, rtol=1e-10, atol=1e-10)
         places = torch.arange(len(index))[1::2]
-        found = held.correlations(z[:, :2].T, places)
-        torch.testing.assert_close(found, z[:, :2].T @ z[:, index][:, 1::2] / N, rtol=1e-10, atol=1e-10)
+        for rows in (1, 2):
+            torch.testing.assert_close(held.combine(w[:rows]), w[:rows] @ z[:, index].T, rtol=1e-10, atol=1e-10)
+            found, expected = held.correlations(z[:, :rows].T, places), z[:, :rows].T @ z[:, index][:, 1::2] / N
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_constant_columns_have_no_products() -> None:

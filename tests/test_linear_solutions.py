@@ -12,6 +12,9 @@ import torch
 from linear_cases import CASES, largest, relative_gap, sparse_case
 
 from torchreg.linear import ElasticNet, Lasso, alpha_max, enet_path, lasso_path
+from torchreg.linear.data import native_columns
+from torchreg.linear.data.design import Dense
+from torchreg.linear.lasso import working_set
 from torchreg.linear.quadratic import native_newton
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own
@@ -133,12 +136,40 @@ def test_threads_are_left_as_they_were() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("name", ["wide", "correlated"])
+def test_columns_that_are_not_read_at_each_step_are_in_the_end(
+    name: str, positive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few are: here the tenth that pulled strongest before."""
+    if native_columns.unavailable() is not None:
+        pytest.skip(str(native_columns.unavailable()))
+    read: list[int] = []
+    some = Dense.some_correlations
+    monkeypatch.setattr(Dense, "some_correlations", lambda *a: (read.append(len(a[2])), some(*a))[1])
+    monkeypatch.setattr(working_set, "_DEEP", 1)
+    monkeypatch.setattr(working_set, "_FEWEST", 5)
+    monkeypatch.setattr(working_set, "_STRONGEST", 0.1)
+    monkeypatch.setattr(working_set, "_SIMILAR", float("inf"))
+    x, y = data(name)
+    x = np.asfortranarray(x)
+    for fraction in FRACTIONS:
+        alpha = fraction * largest(x, y)
+        ours = Lasso(alpha, positive=positive).fit(x, y)
+        theirs = sklearn.linear_model.Lasso(alpha, positive=positive, tol=1e-12, max_iter=10**6).fit(x, y)
+        assert_same(ours, theirs)
+        assert positive or relative_gap(x, y, ours.coef_, ours.intercept_, alpha) < 1e-12
+        assert ours.dual_gap_ < 1e-12 * y.var()
+    assert 0 < min(read) < 0.15 * x.shape[1]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_without_a_compiler_the_solutions_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = data(name)
     alpha = 0.05 * largest(x, y)
     compiled = Lasso(alpha).fit(x, y)
     monkeypatch.setattr(native_newton, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(native_columns, "unavailable", lambda: "no compiler")
     ours = Lasso(alpha).fit(x, y)
     assert np.array_equal(ours.coef_ != 0, compiled.coef_ != 0)
     np.testing.assert_allclose(ours.coef_, compiled.coef_, rtol=0, atol=1e-10 * np.abs(compiled.coef_).max())

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torchreg.linear.data import native_columns
+
 HARMLESS = 100.0  # a mean square this many times the variance costs two digits of a Gram matrix
 CONSTANT = 16.0  # a column that varies by fewer roundings of its mean than this is constant
 _BLOCK, _SHORTEST = 1 << 20, 256  # elements, and samples, that are read at a time
@@ -25,6 +27,12 @@ def weighted(root: Tensor | None, samples: int) -> list[slice]:
         return whole
     bounds = [0, *(changes + 1).tolist(), samples]
     return [slice(*bounds[i : i + 2]) for i in range(0 if float(root[0]) > 0 else 1, len(bounds) - 1, 2)]
+
+
+def dots(x: Tensor, places: Tensor | None, residual: Tensor, runs: list[slice]) -> Tensor:
+    """xᵀr of some columns, or all, that `native_columns` serves, over runs of samples."""
+    first, *others = (native_columns.dots(x[run], places, residual[run]) for run in runs)
+    return sum(others, first)
 
 
 class Columns(ABC):
@@ -57,7 +65,7 @@ class DenseColumns(Columns):
     def __init__(self, x: Tensor, mean: Tensor | None, root: Tensor | None) -> None:
         self._x, self._mean, self._root = x, mean, root
         self._runs = weighted(root, len(x))
-        self._lies_in_columns = x.stride(0) == 1
+        self._lies_in_columns, self._in_place = x.stride(0) == 1, native_columns.serves(x)
         self._index = torch.empty(0, dtype=torch.long, device=x.device)
         self._room = 0 if self._lies_in_columns else x.shape[1] // _COPIED
         self._copy = x.new_empty(0, x.shape[0])
@@ -89,9 +97,12 @@ class DenseColumns(Columns):
         """Of those alone that have coefficients."""
         places = torch.nonzero(coefficients.any(0)).squeeze(1)
         w = coefficients[:, places]
-        found = w.new_zeros(len(w), len(self._x))
-        for samples in self._blocks(len(places)):
-            torch.mm(w, self._rows(samples, places), out=found[:, samples])
+        if self._in_place and len(w) == 1 and not self._far:
+            found = native_columns.combination(self._x, self._index[places], w[0]).unsqueeze(0)
+        else:
+            found = w.new_zeros(len(w), len(self._x))
+            for samples in self._blocks(len(places)):
+                torch.mm(w, self._rows(samples, places), out=found[:, samples])
         if self._mean is not None and not self._far:
             found -= (w @ self._mean[self._index[places]]).unsqueeze(1)
         return found if self._root is None else found.mul_(self._root)
@@ -100,9 +111,12 @@ class DenseColumns(Columns):
         """By products with blocks of samples."""
         if self._root is not None:
             residuals = residuals * self._root
-        found = residuals.new_zeros(len(residuals), len(places))
-        for samples in self._blocks(len(places)):
-            found += residuals[:, samples] @ self._rows(samples, places).T
+        if self._in_place and len(residuals) == 1 and not self._far:
+            found = dots(self._x, self._index[places], residuals[0], self._runs).unsqueeze(0)
+        else:
+            found = residuals.new_zeros(len(residuals), len(places))
+            for samples in self._blocks(len(places)):
+                found += residuals[:, samples] @ self._rows(samples, places).T
         if self._mean is not None and not self._far:
             found -= residuals.sum(1, keepdim=True) * self._mean[self._index[places]]
         return found.div_(max(1, len(self._x)))

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns, weighted
+from torchreg.linear.data import native_columns
+from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns, dots, weighted
 
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
 _NARROWEST = 64  # columns of a product that is as fast as a wide one
@@ -28,9 +29,16 @@ class Design(ABC):
     def columns(self) -> Columns:
         """An empty set of columns."""
 
+    selective = False
+    """Whether the correlations of some columns cost no more than their share of those of all."""
+
     @abstractmethod
     def correlations(self, residuals: Tensor) -> Tensor:
         """RZ/n for residuals R of shape (m, n): shape (m, features)."""
+
+    def some_correlations(self, residual: Tensor, places: Tensor) -> Tensor:
+        """rZ/n for one residual r of shape (n,) and the columns in these places, of a selective design."""
+        raise NotImplementedError
 
     @abstractmethod
     def fitted(self, w: Tensor) -> Tensor:
@@ -102,6 +110,23 @@ class Dense(Design):
     @cached_property
     def _runs(self) -> list[slice]:
         return weighted(self.root, self.samples)
+
+    @cached_property
+    def selective(self) -> bool:  # type: ignore[override]
+        """Where there are compiled products with single columns."""
+        return native_columns.serves(self.x)
+
+    def some_correlations(self, residual: Tensor, places: Tensor) -> Tensor:
+        """rZ/n for one residual r of shape (n,) and the columns in these places, of a selective design."""
+        return self._alone(residual, places)
+
+    def _alone(self, residual: Tensor, places: Tensor | None) -> Tensor:
+        if self.root is not None:
+            residual = residual * self.root
+        found = dots(self.x, places, residual, self._runs)
+        if self.mean is not None:
+            found -= residual.sum() * (self.mean if places is None else self.mean[places])
+        return found / self.samples
 
     def _product(self, rows: Tensor, run: slice) -> Tensor:
         """Rows times X, over some samples: (m, n) -> (m, features)."""

@@ -13,18 +13,26 @@ from torchreg.linear.lasso.problem import NOT_FINITE, Fit, Problem, Strength, du
 from torchreg.linear.lasso.solution import ACCURATE, Solution, errors, refined
 
 _FEWEST = 100  # columns that may enter at a time
-_ROOM = {"cpu": 4000, "cuda": 1000}
-"""Columns for which a Gram matrix has room from the beginning: on the CPU memory that is not written to costs nothing,
-and a copy into a larger one would."""
+_ROOM = 1000
+"""Columns for which a Gram matrix has room from the beginning."""
+_LARGE = {"cpu": 4000}
+"""Those for which it has room next: on the CPU memory that is not written to costs nothing, and further copies would,
+but what is written far apart takes longer."""
 _CHUNK = 4
 _LONGEST_CHUNK = 8
 _ON_THE_WAY = 1000  # steps at most for an intermediate strength
 _FIRST = 6.0  # ratio of the largest strength to the first intermediate one
+_AT_ONCE = 1.25  # ratio of an intermediate strength to the last one, up to which it is left out
 _BY_STEPS = ((6, 10.0), (15, 1.6), (math.inf, 1.35))  # ratio to the next one, by the Newton steps at the last one
 _BY_MISSED = ((0.25, 10.0), (0.5, 4.0), (2.0, 2.0), (5.0, 1.6), (math.inf, 1.35))  # by its violators over its non-zeros
 _NEAR = 0.95  # of the strength: a correlation from which on a column may enter ahead of time
 _NEAR_EXPECTED = 0.97  # likewise a correlation that is expected there
 _NEAR_VIOLATORS = 0.9  # likewise with violators: it might be the next one, and cost one more product with X
+_DEEP = 8  # columns of X for each of the working set: with fewer a product with X costs less than what it tells
+_SPREAD = 3.0  # standard deviations by which pulls may have changed when not all columns are read
+_SIMILAR, _STRONGEST = 0.7, 0.35
+"""If a residual has changed by less than this part of its norm, this part of the columns holds nearly all violators."""
+_MOST = 0.7  # of the columns: where more are to be read, all are
 
 
 class WorkingSet:
@@ -65,7 +73,8 @@ class WorkingSet:
         self.index = torch.cat([self.index, index])
         self.inside[index] = True
         if len(self) > len(self._gram):
-            room = min(max(2 * len(self), _ROOM.get(index.device.type, 0)), self.problem.design.features)
+            least = _ROOM if not len(self._gram) and len(self) <= _ROOM else _LARGE.get(index.device.type, 0)
+            room = min(max(2 * len(self), least), self.problem.design.features)
             grown = self._gram.new_empty(room, room)
             grown[:start, :start] = self._gram[:start, :start]
             self._gram = grown
@@ -90,35 +99,84 @@ class WorkingSet:
         """z − Zw for rows w of coefficients."""
         return self.problem.target - self._columns.combine(w)
 
-    def refined(self, w: Tensor, strength: Strength) -> Tensor:
-        """`w` without the rounding of the Gram matrix, as far as X itself allows."""
+    def refined(self, w: Tensor, strength: Strength) -> tuple[Tensor, Tensor]:
+        """`w` without the rounding of the Gram matrix, as far as X itself allows, and its residual z − Zw."""
         support = torch.nonzero(w).squeeze(1)
-        pull = self._pull(w, support)
-        finer, was = refined(self.gram, w, pull, strength, self.problem.positive)
+        residual = self.residuals(w.unsqueeze(0))
+        finer, was = refined(self.gram, w, self._pull(residual, support), strength, self.problem.positive)
         if finer is None:
-            return w
-        after = errors(finer, self._pull(finer, support), strength)
-        return finer if float(after.abs().max()) <= was else w
+            return w, residual
+        finer_residual = self.residuals(finer.unsqueeze(0))
+        after = errors(finer, self._pull(finer_residual, support), strength)
+        return (finer, finer_residual) if float(after.abs().max()) <= was else (w, residual)
 
-    def _pull(self, w: Tensor, places: Tensor) -> Tensor:
-        """Zᵀ(z − Zw)/n in some places, zero elsewhere."""
-        pull = torch.zeros_like(w)
-        pull[places] = self._columns.correlations(self.residuals(w.unsqueeze(0)), places)[0]
+    def _pull(self, residual: Tensor, places: Tensor) -> Tensor:
+        """Zᵀr/n in some places, zero elsewhere, for a residual r of shape (1, n)."""
+        pull = residual.new_zeros(len(self))
+        pull[places] = self._columns.correlations(residual, places)[0]
         return pull
 
 
 class Check:
-    """The optimality conditions of some coefficients over all columns, by one product with X."""
+    """The optimality conditions of some coefficients over all columns, by one product with X.
 
-    def __init__(self, working: WorkingSet, w: list[Tensor], strengths: list[Strength]) -> None:
+    Given the check before, for one vector of coefficients, only columns are read whose conditions may have changed
+    since all of them were; the others keep their pulls until `complete` reads them as well.
+
+    Args:
+        working: the columns that have coefficients.
+        w: coefficients, one vector for each strength.
+        strengths: as many.
+        before: a check that holds pulls at other coefficients.
+        residuals: z − Zw, if they are known.
+    """
+
+    def __init__(
+        self,
+        working: WorkingSet,
+        w: list[Tensor],
+        strengths: list[Strength],
+        before: Check | None = None,
+        residuals: Tensor | None = None,
+    ) -> None:
         self.working, self.w, self.strengths = working, torch.stack(w), strengths
         problem = working.problem
-        self.residuals = working.residuals(self.w)
-        if self.w.shape[1]:
+        self.residuals = working.residuals(self.w) if residuals is None else residuals
+        self._l1 = self.residuals.new_tensor([s.l1 for s in strengths]).unsqueeze(1)
+        self.pull: Tensor
+        self._seen = self.residuals  # when all columns were read
+        self._unread: Tensor | None = None
+        near = None if before is None else self._near(before)
+        if before is not None and near is not None:
+            self.pull, self._seen, self._unread = before.pull.clone(), before._seen, ~near
+            self._read(near)
+        elif self.w.shape[1]:
             self.pull = problem.design.correlations(self.residuals)
         else:
             self.pull = problem.moment.expand(len(self.w), -1)
-        self._l1 = self.pull.new_tensor([s.l1 for s in strengths]).unsqueeze(1)
+
+    def _near(self, before: Check) -> Tensor | None:
+        """Columns whose conditions may be others than when all were read; None where these are most.
+
+        Pulls of columns that have no part in the change of the residual change at random, with a standard deviation
+        of the column's norm times that of the change, over n√n. Where the residual is much the same, the columns that
+        pull strongest hold nearly all violators, and those that come to light with all the others are few.
+        """
+        problem = self.working.problem
+        if not (problem.design.selective and 0 < _DEEP * len(self.working) < problem.design.features):
+            return None
+        change = float((self.residuals - before._seen).norm())
+        norm = math.sqrt(float(self.working.gram.diagonal().mean()))
+        least = self.strengths[0].l1 - _SPREAD * norm * change / problem.design.samples
+        size = before.pull[0] if problem.positive else before.pull[0].abs()
+        if change < _SIMILAR * float(before._seen.norm()):
+            least = max(least, float(size.kthvalue(max(1, int((1 - _STRONGEST) * len(size)))).values))
+        near = size >= least
+        return near if int(near.sum()) < _MOST * len(near) else None
+
+    def _read(self, columns: Tensor) -> None:
+        places = torch.nonzero(columns).squeeze(1)
+        self.pull[0, places] = self.working.problem.design.some_correlations(self.residuals[0], places)
 
     def forces(self) -> Tensor:
         """`WorkingSet.forces` of each."""
@@ -129,8 +187,14 @@ class Check:
         slack = self._l1 + self.working.problem.rounding
         return (self.forces() > slack).any(1).tolist()
 
+    def complete(self) -> None:
+        """Read the columns that have not been."""
+        if self._unread is not None:
+            self._read(self._unread)
+            self._seen, self._unread = self.residuals, None
+
     def gaps(self) -> list[float]:
-        """The duality gap of each."""
+        """The duality gap of each, if the check is complete."""
         problem, n = self.working.problem, max(1, self.working.problem.design.samples)
         l2 = self._l1.new_tensor([s.l2 for s in self.strengths]).unsqueeze(1)
         active = self.pull.index_add(1, self.working.index, -l2 * self.w)
@@ -228,10 +292,12 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         check = Check(working, [w], [stage])
         before, stage = stage.l1, _next(stage.l1, strength, _ratio(check, steps))
     while True:
-        w = working.refined(w, strength)
-        check = Check(working, [w], [strength])
-        if not check.violated()[0] or steps >= limit:
-            break
+        w, residual = working.refined(w, strength)
+        check = Check(working, [w], [strength], check, residual)
+        if steps >= limit or not check.violated()[0]:
+            check.complete()
+            if steps >= limit or not check.violated()[0]:
+                break
         _enter_violators(working, check, 0)
         (w,), (taken,) = working.solve(w, [strength], limit - steps)
         steps += taken
@@ -258,7 +324,7 @@ def _ratio(check: Check, steps: int) -> float:
 
 def _next(before: float, strength: Strength, ratio: float) -> Strength:
     """The strength on the way to this one that is smaller than the one before by this ratio."""
-    if not 0 < strength.l1 < before / ratio:
+    if not 0 < _AT_ONCE * strength.l1 < before / ratio:
         return strength
     grow = before / ratio / strength.l1
     return Strength(strength.l1 * grow, strength.l2 * grow)
@@ -280,4 +346,4 @@ def _enter_violators(working: WorkingSet, check: Check, row: int) -> None:
     """Let violators in, and columns that are near to be."""
     forces, held = check.forces()[row], _nonzero(check.w[row])
     least = _NEAR_VIOLATORS * (check.strengths[row].l1 + working.problem.rounding)
-    _enter(working, forces, least, max(_FEWEST, held))
+    _enter(working, forces, least, max(_FEWEST, held // 3))

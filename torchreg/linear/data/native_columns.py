@@ -1,0 +1,97 @@
+"""Products with some columns of a matrix that lies in columns, compiled from C: torch would copy the columns first."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchreg.kernels import threads, toolchain
+
+_TYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why there are no compiled products on this machine, or None. Builds them, once."""
+    try:
+        for dtype in _TYPES:
+            _library(dtype)
+    except toolchain.Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def serves(x: Tensor) -> bool:
+    """Whether there are products for this matrix: float32 or float64, on the CPU, each column in one piece."""
+    return x.device.type == "cpu" and x.dtype in _TYPES and x.stride(0) == 1 and unavailable() is None
+
+
+def dots(x: Tensor, places: Tensor | None, residual: Tensor) -> Tensor:
+    """xᵀr of some columns, in float64.
+
+    Args:
+        x: shape (n, p), of a kind that is served.
+        places: of the columns; None for all.
+        residual: r of shape (n,) in float64.
+
+    Returns:
+        shape (places,), or (p,).
+    """
+    count = x.shape[1] if places is None else len(places)
+    found, residual = residual.new_zeros(count), residual.contiguous()
+    places = None if places is None else places.contiguous()
+    products = _products(x, places, residual, found)
+    pieces = np.broadcast_to(np.array([0, 0, len(x)]).reshape(3, 1), (3, count))
+    threads.run(_library(x.dtype).torchreg_dots, ctypes.byref(products), pieces)
+    return found
+
+
+def combination(x: Tensor, places: Tensor, w: Tensor) -> Tensor:
+    """Some columns, each times its weight, summed in float64.
+
+    Args:
+        x: shape (n, p), of a kind that is served.
+        places: of the columns.
+        w: shape (places,) in float64.
+
+    Returns:
+        shape (n,).
+    """
+    total, places, w = w.new_zeros(len(x)), places.contiguous(), w.contiguous()
+    products = _products(x, places)
+    _library(x.dtype).torchreg_combine(ctypes.byref(products), len(places), w.data_ptr(), total.data_ptr())
+    return total
+
+
+class _Products(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("samples", ctypes.c_int64),
+        ("places", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("found", ctypes.c_void_p),
+    )
+
+
+def _products(x: Tensor, places: Tensor | None, *vectors: Tensor) -> _Products:
+    chosen = None if places is None else places.data_ptr()
+    return _Products(x.data_ptr(), x.stride(1), len(x), chosen, *(v.data_ptr() for v in vectors))
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> Any:
+    value = _TYPES[dtype]
+    text = Path(__file__).with_name("columns.c").read_text(encoding="utf-8")
+    library = toolchain.library(f"columns-{value}", f"#define VALUE {value}\n{text}")
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.torchreg_dots.argtypes = [pointer, integer, integer]
+    library.torchreg_combine.argtypes = [pointer, integer, pointer, pointer]
+    library.torchreg_dots.restype = library.torchreg_combine.restype = None
+    return library
