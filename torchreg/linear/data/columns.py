@@ -39,8 +39,13 @@ class Columns(ABC):
     """Some columns of a design, as many as have been added."""
 
     @abstractmethod
-    def add(self, index: Tensor) -> Tensor:
-        """Take in more columns and return their inner products over n with all that are in, shape (new, all)."""
+    def add(self, index: Tensor, out: Tensor | None = None) -> Tensor:
+        """Take in more columns and return their inner products over n with all that are in, shape (new, all).
+
+        Args:
+            index: of the new ones.
+            out: where the products go, if there is room for them already.
+        """
 
     @abstractmethod
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -73,18 +78,20 @@ class DenseColumns(Columns):
         self._far = False
         """Whether any mean is so large that products of differences are not differences of products."""
 
-    def add(self, index: Tensor) -> Tensor:
+    def add(self, index: Tensor, out: Tensor | None = None) -> Tensor:
         """By one product of the new columns with all."""
         start = len(self._index)
         self._index = torch.cat([self._index, index])
         self._keep(index)
-        products = self._products(start)
+        count = len(self._index)
+        products = self._x.new_empty(len(index), count, dtype=torch.float64) if out is None else out
+        self._multiply(start, products)
         if self._mean is None:
             return products
         squares = products[:, start:].diagonal()
         if not (self._far or bool((self._mean[index].square() <= HARMLESS * squares).all())):
             self._far = True
-            products = self._products(start)
+            self._multiply(start, products)
         if self._far:
             eps = torch.finfo(self._x.dtype).eps
             constant = products[:, start:].diagonal() < (CONSTANT * eps * self._mean[index]).square()
@@ -134,10 +141,10 @@ class DenseColumns(Columns):
             self._copy = grown
         self._copy[start:count] = self._x.T[index]
 
-    def _products(self, start: int) -> Tensor:
-        """ZᵀZ/n of the columns from `start` on with all. Unless means are large only one side is centred."""
+    def _multiply(self, start: int, total: Tensor) -> None:
+        """Write ZᵀZ/n of the columns from `start` on with all. Unless means are large only one side is centred."""
         new, count = self._index[start:], len(self._index)
-        total = torch.zeros(len(new), count, dtype=torch.float64, device=self._x.device)
+        total.zero_()
         for samples in self._blocks(count):
             right = self._rows(samples)
             left = right[start:]
@@ -146,7 +153,7 @@ class DenseColumns(Columns):
             if self._root is not None:
                 left = left * self._root[samples].square()
             total.addmm_(left, right.T)
-        return total.div_(max(1, len(self._x)))
+        total.div_(max(1, len(self._x)))
 
     def _blocks(self, columns: int) -> Iterator[slice]:
         """Samples that are read at a time."""

@@ -91,7 +91,7 @@ class _SparseColumns(Columns):
         self._x = design.x[:, :0]
         self._index = np.empty(0, dtype=np.int64)
 
-    def add(self, index: Tensor) -> Tensor:
+    def add(self, index: Tensor, out: Tensor | None = None) -> Tensor:
         design, new = self._design, index.numpy()
         x = design.x[:, new]
         self._x = x if not len(self._index) else sparse.hstack([self._x, x], format="csc")
@@ -104,7 +104,8 @@ class _SparseColumns(Columns):
             inner -= np.outer(design.mean[new], design.mean[self._index])
             inner[design.squares[new] == 0] = 0
             inner[:, design.squares[self._index] == 0] = 0
-        return torch.from_numpy(inner)
+        products = torch.from_numpy(inner)
+        return products if out is None else out.copy_(products)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         mean = self._design.mean

@@ -53,7 +53,7 @@ def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength, positive:
         return None, worst
     support = torch.nonzero(w).squeeze(1)
     here = w[support]
-    matrix = gram[support][:, support]
+    matrix = gram[support.unsqueeze(1), support]
     matrix.diagonal().add_(strength.l2)
     factor, stuck = factorise(matrix)
     if stuck is not None:

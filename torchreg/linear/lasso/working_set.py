@@ -66,20 +66,19 @@ class WorkingSet:
         """
         if not len(index):
             return
-        start = len(self)
-        inner = self._columns.add(index)
-        if not bool(inner[:, start:].diagonal().isfinite().all()):  # by Cauchy and Schwarz none else is larger
-            raise ValueError(NOT_FINITE)
-        self.index = torch.cat([self.index, index])
-        self.inside[index] = True
-        if len(self) > len(self._gram):
-            least = _ROOM if not len(self._gram) and len(self) <= _ROOM else _LARGE.get(index.device.type, 0)
-            room = min(max(2 * len(self), least), self.problem.design.features)
+        start, end = len(self), len(self) + len(index)
+        if end > len(self._gram):
+            least = _ROOM if not start and end <= _ROOM else _LARGE.get(index.device.type, 0)
+            room = min(max(2 * end, least), self.problem.design.features)
             grown = self._gram.new_empty(room, room)
             grown[:start, :start] = self._gram[:start, :start]
             self._gram = grown
-        self._gram[start : len(self), : len(self)] = inner
-        self._gram[:start, start : len(self)] = inner[:, :start].T
+        inner = self._columns.add(index, self._gram[start:end, :end])
+        if not bool(inner[:, start:].diagonal().isfinite().all()):  # by Cauchy and Schwarz none else is larger
+            raise ValueError(NOT_FINITE)
+        self._gram[:start, start:end] = inner[:, :start].T
+        self.index = torch.cat([self.index, index])
+        self.inside[index] = True
 
     def forces(self, pull: Tensor) -> Tensor:
         """How strongly each column outside pulls at its coefficient of zero."""
