@@ -149,7 +149,7 @@ def test_columns_that_are_not_read_at_each_step_are_in_the_end(
     monkeypatch.setattr(Dense, "some_correlations", lambda *a: (read.append(len(a[2])), some(*a))[1])
     monkeypatch.setattr(working_set, "_DEEP", 1)
     monkeypatch.setattr(working_set, "_FEWEST", 5)
-    monkeypatch.setattr(working_set, "_STRONGEST", 0.1)
+    monkeypatch.setattr(working_set, "_STRONG", 1.6)
     monkeypatch.setattr(working_set, "_SIMILAR", float("inf"))
     x, y = data(name)
     x = np.asfortranarray(x)

@@ -30,9 +30,9 @@ _NEAR_EXPECTED = 0.97  # likewise a correlation that is expected there
 _NEAR_VIOLATORS = 0.9  # likewise with violators: it might be the next one, and cost one more product with X
 _DEEP = 8  # columns of X for each of the working set: with fewer a product with X costs less than what it tells
 _SPREAD = 3.0  # standard deviations by which pulls may have changed when not all columns are read
-_SIMILAR, _STRONGEST = 0.7, 0.35
-"""If a residual has changed by less than this part of its norm, this part of the columns holds nearly all violators."""
-_MOST = 0.7  # of the columns: where more are to be read, all are
+_SIMILAR = 0.7  # change of a residual over its norm, up to which it is much the same
+_STRONG = 0.93  # standard deviations that 35 % of all pulls exceed
+_FAINT = 0.4  # and 70 %: where that many columns are to be read, all are
 
 
 class WorkingSet:
@@ -144,10 +144,10 @@ class Check:
         self._l1 = self.residuals.new_tensor([s.l1 for s in strengths]).unsqueeze(1)
         self.pull: Tensor
         self._seen = self.residuals  # when all columns were read
-        self._unread: Tensor | None = None
+        self._partly: Tensor | None = None  # the places of those that were read now
         near = None if before is None else self._near(before)
         if before is not None and near is not None:
-            self.pull, self._seen, self._unread = before.pull.clone(), before._seen, ~near
+            self.pull, self._seen, self._partly = before.pull.clone(), before._seen, near
             self._read(near)
         elif self.w.shape[1]:
             self.pull = problem.design.correlations(self.residuals)
@@ -155,26 +155,26 @@ class Check:
             self.pull = problem.moment.expand(len(self.w), -1)
 
     def _near(self, before: Check) -> Tensor | None:
-        """Columns whose conditions may be others than when all were read; None where these are most.
+        """Places of columns whose conditions may be others than when all were read; None where these are most.
 
-        Pulls of columns that have no part in the change of the residual change at random, with a standard deviation
-        of the column's norm times that of the change, over n√n. Where the residual is much the same, the columns that
-        pull strongest hold nearly all violators, and those that come to light with all the others are few.
+        Pulls of columns that have no part in the residual, or in its change, are as good as normally distributed, with
+        a standard deviation of the column's norm times that of the residual, or of its change, over n√n. Where the
+        residual is much the same, the third of the columns that pull strongest holds nearly all violators; those that
+        come to light with all the others are few.
         """
-        problem = self.working.problem
+        problem, l1 = self.working.problem, self.strengths[0].l1
         if not (problem.design.selective and 0 < _DEEP * len(self.working) < problem.design.features):
             return None
-        change = float((self.residuals - before._seen).norm())
-        norm = math.sqrt(float(self.working.gram.diagonal().mean()))
-        least = self.strengths[0].l1 - _SPREAD * norm * change / problem.design.samples
-        size = before.pull[0] if problem.positive else before.pull[0].abs()
-        if change < _SIMILAR * float(before._seen.norm()):
-            least = max(least, float(size.kthvalue(max(1, int((1 - _STRONGEST) * len(size)))).values))
-        near = size >= least
-        return near if int(near.sum()) < _MOST * len(near) else None
+        unit = math.sqrt(float(self.working.gram.diagonal().mean())) / problem.design.samples
+        was, change = float(before._seen.norm()), float((self.residuals - before._seen).norm())
+        least = l1 - _SPREAD * unit * change
+        if change < _SIMILAR * was:
+            least = max(least, _STRONG * unit * was)
+        if least <= _FAINT * unit * was:
+            return None
+        return torch.nonzero((before.pull[0] if problem.positive else before.pull[0].abs()) >= least).squeeze(1)
 
-    def _read(self, columns: Tensor) -> None:
-        places = torch.nonzero(columns).squeeze(1)
+    def _read(self, places: Tensor) -> None:
         self.pull[0, places] = self.working.problem.design.some_correlations(self.residuals[0], places)
 
     def forces(self) -> Tensor:
@@ -188,9 +188,11 @@ class Check:
 
     def complete(self) -> None:
         """Read the columns that have not been."""
-        if self._unread is not None:
-            self._read(self._unread)
-            self._seen, self._unread = self.residuals, None
+        if self._partly is not None:
+            others = torch.ones_like(self.pull[0], dtype=torch.bool)
+            others[self._partly] = False
+            self._read(torch.nonzero(others).squeeze(1))
+            self._seen, self._partly = self.residuals, None
 
     def gaps(self) -> list[float]:
         """The duality gap of each, if the check is complete."""
