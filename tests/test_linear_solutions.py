@@ -160,7 +160,7 @@ def test_columns_that_are_not_read_at_each_step_are_in_the_end(
         assert_same(ours, theirs)
         assert positive or relative_gap(x, y, ours.coef_, ours.intercept_, alpha) < 1e-12
         assert ours.dual_gap_ < 1e-12 * y.var()
-    assert 0 < min(read) < 0.15 * x.shape[1]
+    assert 0 < max(read) < 0.6 * x.shape[1]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -119,15 +119,12 @@ class WorkingSet:
 class Check:
     """The optimality conditions of some coefficients over all columns, by one product with X.
 
-    Given the check before, for one vector of coefficients, only columns are read whose conditions may have changed
-    since all of them were; the others keep their pulls until `complete` reads them as well.
-
     Args:
         working: the columns that have coefficients.
         w: coefficients, one vector for each strength.
         strengths: as many.
-        before: a check that holds pulls at other coefficients.
         residuals: z − Zw, if they are known.
+        pull: Zᵀ(z − Zw)/n, likewise.
     """
 
     def __init__(
@@ -135,47 +132,47 @@ class Check:
         working: WorkingSet,
         w: list[Tensor],
         strengths: list[Strength],
-        before: Check | None = None,
         residuals: Tensor | None = None,
+        pull: Tensor | None = None,
     ) -> None:
         self.working, self.w, self.strengths = working, torch.stack(w), strengths
-        problem = working.problem
         self.residuals = working.residuals(self.w) if residuals is None else residuals
         self._l1 = self.residuals.new_tensor([s.l1 for s in strengths]).unsqueeze(1)
-        self.pull: Tensor
         self._seen = self.residuals  # when all columns were read
-        self._partly: Tensor | None = None  # the places of those that were read now
-        near = None if before is None else self._near(before)
-        if before is not None and near is not None:
-            self.pull, self._seen, self._partly = before.pull.clone(), before._seen, near
-            self._read(near)
+        if pull is not None:
+            self.pull = pull
         elif self.w.shape[1]:
-            self.pull = problem.design.correlations(self.residuals)
+            self.pull = working.problem.design.correlations(self.residuals)
         else:
-            self.pull = problem.moment.expand(len(self.w), -1)
+            self.pull = working.problem.moment.expand(len(self.w), -1)
 
-    def _near(self, before: Check) -> Tensor | None:
-        """Places of columns whose conditions may be others than when all were read; None where these are most.
+    def followed_by(self, w: Tensor, strength: Strength) -> Check | None:
+        """A check of other coefficients that reads those columns alone whose conditions may now be violated.
+
+        The others keep their pulls. None where these are not few.
 
         Pulls of columns that have no part in the residual, or in its change, are as good as normally distributed, with
         a standard deviation of the column's norm times that of the residual, or of its change, over n√n. Where the
         residual is much the same, the third of the columns that pull strongest holds nearly all violators; those that
         come to light with all the others are few.
         """
-        problem, l1 = self.working.problem, self.strengths[0].l1
-        if not (problem.design.selective and 0 < _DEEP * len(self.working) < problem.design.features):
+        working, problem = self.working, self.working.problem
+        if not (problem.design.selective and 0 < _DEEP * len(working) < problem.design.features):
             return None
-        unit = math.sqrt(float(self.working.gram.diagonal().mean())) / problem.design.samples
-        was, change = float(before._seen.norm()), float((self.residuals - before._seen).norm())
-        least = l1 - _SPREAD * unit * change
+        residuals = working.residuals(w.unsqueeze(0))
+        unit = math.sqrt(float(working.gram.diagonal().mean())) / problem.design.samples
+        was, change = float(self._seen.norm()), float((residuals - self._seen).norm())
+        least = strength.l1 - _SPREAD * unit * change
         if change < _SIMILAR * was:
             least = max(least, _STRONG * unit * was)
         if least <= _FAINT * unit * was:
             return None
-        return torch.nonzero((before.pull[0] if problem.positive else before.pull[0].abs()) >= least).squeeze(1)
-
-    def _read(self, places: Tensor) -> None:
-        self.pull[0, places] = self.working.problem.design.some_correlations(self.residuals[0], places)
+        near = torch.nonzero((self.pull[0] if problem.positive else self.pull[0].abs()) >= least).squeeze(1)
+        pull = self.pull.clone()
+        pull[0, near] = problem.design.some_correlations(residuals[0], near)
+        check = Check(working, [w], [strength], residuals, pull)
+        check._seen = self._seen
+        return check
 
     def forces(self) -> Tensor:
         """`WorkingSet.forces` of each."""
@@ -186,16 +183,8 @@ class Check:
         slack = self._l1 + self.working.problem.rounding
         return (self.forces() > slack).any(1).tolist()
 
-    def complete(self) -> None:
-        """Read the columns that have not been."""
-        if self._partly is not None:
-            others = torch.ones_like(self.pull[0], dtype=torch.bool)
-            others[self._partly] = False
-            self._read(torch.nonzero(others).squeeze(1))
-            self._seen, self._partly = self.residuals, None
-
     def gaps(self) -> list[float]:
-        """The duality gap of each, if the check is complete."""
+        """The duality gap of each."""
         problem, n = self.working.problem, max(1, self.working.problem.design.samples)
         l2 = self._l1.new_tensor([s.l2 for s in self.strengths]).unsqueeze(1)
         active = self.pull.index_add(1, self.working.index, -l2 * self.w)
@@ -293,16 +282,17 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         check = Check(working, [w], [stage])
         before, stage = stage.l1, _next(stage.l1, strength, _ratio(check, steps))
     while True:
-        w, residual = working.refined(w, strength)
-        check = Check(working, [w], [strength], check, residual)
-        if steps >= limit or not check.violated()[0]:
-            check.complete()
-            if steps >= limit or not check.violated()[0]:
+        sooner = check.followed_by(w, strength)
+        if sooner is None or not sooner.violated()[0] or steps >= limit:
+            w, residual = working.refined(w, strength)
+            sooner = Check(working, [w], [strength], residual)
+            if not sooner.violated()[0] or steps >= limit:
                 break
+        check = sooner
         _enter_violators(working, check, 0)
         (w,), (taken,) = working.solve(w, [strength], limit - steps)
         steps += taken
-    return Solution(working.index, w, check.gaps()[0], on_the_way + steps)
+    return Solution(working.index, w, sooner.gaps()[0], on_the_way + steps)
 
 
 def _begin(working: WorkingSet, start: Tensor | None, strength: Strength) -> tuple[Tensor, Check]:
