@@ -72,6 +72,24 @@ def test_products_are_those_of_centred_and_weighted_columns(
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_samples_without_weight_are_not_read() -> None:
+    x = torch.randn(P, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64).T
+    x[100:170] = torch.nan
+    v = torch.ones(N, dtype=torch.float64)
+    v[100:170] = 0
+    design = Dense(x, None, v.sqrt())
+    held, r = design.columns(), v.clone()
+    held.add(torch.arange(5))
+    for found in (
+        held.combine(torch.ones(1, 5, dtype=torch.float64)),
+        held.correlations(r.unsqueeze(0), torch.arange(5)),
+        design.correlations(r.unsqueeze(0)),
+    ):
+        assert found.isfinite().all()
+    if design.selective:
+        assert design.some_correlations(r, torch.tensor([1, 95])).isfinite().all()
+
+
 def test_constant_columns_have_no_products() -> None:
     x = torch.randn(N, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[:, 1] = 0.1

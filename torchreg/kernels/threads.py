@@ -36,7 +36,7 @@ def run(function: Any, argument: Any, pieces: Any) -> None:
 def _cuts(pieces: Any) -> list[int]:
     """Where the pieces are divided among threads."""
     count, threads = pieces.shape[1], torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or not count:
         return [0, count]
     ends = np.cumsum(pieces[2])
     if ends[-1] < _SMALLEST:

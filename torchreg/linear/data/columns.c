@@ -6,17 +6,17 @@ typedef struct {
     const VALUE *x;
     int64_t stride; /* from one column to the next */
     int64_t samples;
-    const int64_t *places; /* of the columns; null for all of them */
+    const int64_t *places; /* of the columns */
     const double *residual;
     double *found;
 } Products;
 
-#define COLUMN(j) (p->x + (p->places ? p->places[j] : (j)) * p->stride)
+#define COLUMN(j) (p->x + p->places[j] * p->stride)
 
 enum { BLOCK = 32, LINE = 64 / sizeof(VALUE) };
 
 /* Adds to `found` the inner products of the residual and the columns at places `from` to `to`. Four at a time: one
-   after the other they don't fill the ways to memory. The processor doesn't know which come next, so it is told. */
+   after the other they don't fill the ways to memory. The next four are fetched ahead: the processor can't know them. */
 void torchreg_dots(const Products *p, int64_t from, int64_t to) {
     const double *r = p->residual;
     int64_t n = p->samples, whole = n - n % BLOCK, j = from;

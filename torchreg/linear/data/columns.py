@@ -29,12 +29,6 @@ def weighted(root: Tensor | None, samples: int) -> list[slice]:
     return [slice(*bounds[i : i + 2]) for i in range(0 if float(root[0]) > 0 else 1, len(bounds) - 1, 2)]
 
 
-def dots(x: Tensor, places: Tensor | None, residual: Tensor, runs: list[slice]) -> Tensor:
-    """xᵀr of some columns, or all, that `native_columns` serves, over runs of samples."""
-    first, *others = (native_columns.dots(x[run], places, residual[run]) for run in runs)
-    return sum(others, first)
-
-
 class Columns(ABC):
     """Some columns of a design, as many as have been added."""
 
@@ -105,7 +99,7 @@ class DenseColumns(Columns):
         places = torch.nonzero(coefficients.any(0)).squeeze(1)
         w = coefficients[:, places]
         if self._in_place and len(w) == 1 and not self._far:
-            found = native_columns.combination(self._x, self._index[places], w[0]).unsqueeze(0)
+            found = native_columns.combination(self._x, self._index[places], w[0], self._runs).unsqueeze(0)
         else:
             found = w.new_zeros(len(w), len(self._x))
             for samples in self._blocks(len(places)):
@@ -119,7 +113,7 @@ class DenseColumns(Columns):
         if self._root is not None:
             residuals = residuals * self._root
         if self._in_place and len(residuals) == 1 and not self._far:
-            found = dots(self._x, self._index[places], residuals[0], self._runs).unsqueeze(0)
+            found = native_columns.dots(self._x, self._index[places], residuals[0], self._runs).unsqueeze(0)
         else:
             found = residuals.new_zeros(len(residuals), len(places))
             for samples in self._blocks(len(places)):

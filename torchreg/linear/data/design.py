@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchreg.linear.data import native_columns
-from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns, dots, weighted
+from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns, weighted
 
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
 _NARROWEST = 64  # columns of a product that is as fast as a wide one
@@ -118,14 +118,11 @@ class Dense(Design):
 
     def some_correlations(self, residual: Tensor, places: Tensor) -> Tensor:
         """rZ/n for one residual r of shape (n,) and the columns in these places, of a selective design."""
-        return self._alone(residual, places)
-
-    def _alone(self, residual: Tensor, places: Tensor | None) -> Tensor:
         if self.root is not None:
             residual = residual * self.root
-        found = dots(self.x, places, residual, self._runs)
+        found = native_columns.dots(self.x, places, residual, self._runs)
         if self.mean is not None:
-            found -= residual.sum() * (self.mean if places is None else self.mean[places])
+            found -= residual.sum() * self.mean[places]
         return found / self.samples
 
     def _product(self, rows: Tensor, run: slice) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +33,43 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _TYPES and x.stride(0) == 1 and unavailable() is None
 
 
-def dots(x: Tensor, places: Tensor | None, residual: Tensor) -> Tensor:
+def dots(x: Tensor, places: Tensor, residual: Tensor, runs: Sequence[slice]) -> Tensor:
     """xᵀr of some columns, in float64.
 
     Args:
         x: shape (n, p), of a kind that is served.
-        places: of the columns; None for all.
+        places: of the columns.
         residual: r of shape (n,) in float64.
+        runs: the samples that are read.
 
     Returns:
-        shape (places,), or (p,).
+        shape (places,).
     """
-    count = x.shape[1] if places is None else len(places)
-    found, residual = residual.new_zeros(count), residual.contiguous()
-    places = None if places is None else places.contiguous()
-    products = _products(x, places, residual, found)
-    pieces = np.broadcast_to(np.array([0, 0, len(x)]).reshape(3, 1), (3, count))
-    threads.run(_library(x.dtype).torchreg_dots, ctypes.byref(products), pieces)
+    found, places, residual = residual.new_zeros(len(places)), places.contiguous(), residual.contiguous()
+    for run in runs:
+        samples = x[run]
+        products = _products(samples, places, residual[run], found)
+        pieces = np.broadcast_to(np.array([0, 0, len(samples)]).reshape(3, 1), (3, len(places)))
+        threads.run(_library(x.dtype).torchreg_dots, ctypes.byref(products), pieces)
     return found
 
 
-def combination(x: Tensor, places: Tensor, w: Tensor) -> Tensor:
+def combination(x: Tensor, places: Tensor, w: Tensor, runs: Sequence[slice]) -> Tensor:
     """Some columns, each times its weight, summed in float64.
 
     Args:
         x: shape (n, p), of a kind that is served.
         places: of the columns.
         w: shape (places,) in float64.
+        runs: the samples that are read; of others the sum is 0.
 
     Returns:
         shape (n,).
     """
     total, places, w = w.new_zeros(len(x)), places.contiguous(), w.contiguous()
-    products = _products(x, places)
-    _library(x.dtype).torchreg_combine(ctypes.byref(products), len(places), w.data_ptr(), total.data_ptr())
+    for run in runs:
+        products = _products(x[run], places)
+        _library(x.dtype).torchreg_combine(ctypes.byref(products), len(places), w.data_ptr(), total[run].data_ptr())
     return total
 
 
@@ -80,9 +84,8 @@ class _Products(ctypes.Structure):
     )
 
 
-def _products(x: Tensor, places: Tensor | None, *vectors: Tensor) -> _Products:
-    chosen = None if places is None else places.data_ptr()
-    return _Products(x.data_ptr(), x.stride(1), len(x), chosen, *(v.data_ptr() for v in vectors))
+def _products(x: Tensor, places: Tensor, *vectors: Tensor) -> _Products:
+    return _Products(x.data_ptr(), x.stride(1), len(x), places.data_ptr(), *(v.data_ptr() for v in vectors))
 
 
 @functools.cache

@@ -13,11 +13,10 @@ from torchreg.linear.lasso.problem import NOT_FINITE, Fit, Problem, Strength, du
 from torchreg.linear.lasso.solution import ACCURATE, Solution, errors, refined
 
 _FEWEST = 100  # columns that may enter at a time
-_ROOM = 1000
-"""Columns for which a Gram matrix has room from the beginning."""
-_LARGE = {"cpu": 4000}
-"""Those for which it has room next: on the CPU memory that is not written to costs nothing, and further copies would,
-but what is written far apart takes longer."""
+_ROOMS = {"cpu": (1000, 4000)}
+"""Columns for which a Gram matrix has room at first, and then, before it doubles. On the CPU memory that is not written
+to costs nothing, and further copies would; but what is written far apart takes longer."""
+_ROOM = (1000,)  # likewise elsewhere
 _CHUNK = 4
 _LONGEST_CHUNK = 8
 _ON_THE_WAY = 1000  # steps at most for an intermediate strength
@@ -58,6 +57,12 @@ class WorkingSet:
         """Of the columns inside."""
         return self.problem.moment[..., self.index]
 
+    @property
+    def is_small(self) -> bool:
+        """Whether it pays to look at few of X's columns at a time, which the design has to allow."""
+        design = self.problem.design
+        return design.selective and 0 < _DEEP * len(self) < design.features
+
     def add(self, index: Tensor) -> None:
         """Take columns in that are not inside yet.
 
@@ -68,8 +73,8 @@ class WorkingSet:
             return
         start, end = len(self), len(self) + len(index)
         if end > len(self._gram):
-            least = _ROOM if not start and end <= _ROOM else _LARGE.get(index.device.type, 0)
-            room = min(max(2 * end, least), self.problem.design.features)
+            room = next((r for r in _ROOMS.get(index.device.type, _ROOM) if end <= r), 2 * end)
+            room = min(room, self.problem.design.features)
             grown = self._gram.new_empty(room, room)
             grown[:start, :start] = self._gram[:start, :start]
             self._gram = grown
@@ -117,7 +122,7 @@ class WorkingSet:
 
 
 class Check:
-    """The optimality conditions of some coefficients over all columns, by one product with X.
+    """The optimality conditions of some coefficients over all columns, by one product with X if pulls are not known.
 
     Args:
         working: the columns that have coefficients.
@@ -125,6 +130,7 @@ class Check:
         strengths: as many.
         residuals: z − Zw, if they are known.
         pull: Zᵀ(z − Zw)/n, likewise.
+        seen: z − Zw when all columns were read, if that is not now.
     """
 
     def __init__(
@@ -134,11 +140,12 @@ class Check:
         strengths: list[Strength],
         residuals: Tensor | None = None,
         pull: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> None:
         self.working, self.w, self.strengths = working, torch.stack(w), strengths
         self.residuals = working.residuals(self.w) if residuals is None else residuals
         self._l1 = self.residuals.new_tensor([s.l1 for s in strengths]).unsqueeze(1)
-        self._seen = self.residuals  # when all columns were read
+        self._seen = self.residuals if seen is None else seen
         if pull is not None:
             self.pull = pull
         elif self.w.shape[1]:
@@ -147,9 +154,9 @@ class Check:
             self.pull = working.problem.moment.expand(len(self.w), -1)
 
     def followed_by(self, w: Tensor, strength: Strength) -> Check | None:
-        """A check of other coefficients that reads those columns alone whose conditions may now be violated.
+        """A check of other coefficients that reads few columns, those that are likely to violate their conditions.
 
-        The others keep their pulls. None where these are not few.
+        The others keep their pulls, so that it certifies nothing. None where these are not few.
 
         Pulls of columns that have no part in the residual, or in its change, are as good as normally distributed, with
         a standard deviation of the column's norm times that of the residual, or of its change, over n√n. Where the
@@ -157,22 +164,20 @@ class Check:
         come to light with all the others are few.
         """
         working, problem = self.working, self.working.problem
-        if not (problem.design.selective and 0 < _DEEP * len(working) < problem.design.features):
+        if not working.is_small:
             return None
         residuals = working.residuals(w.unsqueeze(0))
         unit = math.sqrt(float(working.gram.diagonal().mean())) / problem.design.samples
         was, change = float(self._seen.norm()), float((residuals - self._seen).norm())
         least = strength.l1 - _SPREAD * unit * change
         if change < _SIMILAR * was:
-            least = max(least, _STRONG * unit * was)
+            least = min(max(least, _STRONG * unit * was), strength.l1)
         if least <= _FAINT * unit * was:
             return None
         near = torch.nonzero((self.pull[0] if problem.positive else self.pull[0].abs()) >= least).squeeze(1)
         pull = self.pull.clone()
         pull[0, near] = problem.design.some_correlations(residuals[0], near)
-        check = Check(working, [w], [strength], residuals, pull)
-        check._seen = self._seen
-        return check
+        return Check(working, [w], [strength], residuals, pull, self._seen)
 
     def forces(self) -> Tensor:
         """`WorkingSet.forces` of each."""
@@ -282,17 +287,17 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         check = Check(working, [w], [stage])
         before, stage = stage.l1, _next(stage.l1, strength, _ratio(check, steps))
     while True:
-        sooner = check.followed_by(w, strength)
-        if sooner is None or not sooner.violated()[0] or steps >= limit:
+        checked = check.followed_by(w, strength)
+        if checked is None or not checked.violated()[0] or steps >= limit:
             w, residual = working.refined(w, strength)
-            sooner = Check(working, [w], [strength], residual)
-            if not sooner.violated()[0] or steps >= limit:
+            checked = Check(working, [w], [strength], residual)
+            if not checked.violated()[0] or steps >= limit:
                 break
-        check = sooner
+        check = checked
         _enter_violators(working, check, 0)
         (w,), (taken,) = working.solve(w, [strength], limit - steps)
         steps += taken
-    return Solution(working.index, w, sooner.gaps()[0], on_the_way + steps)
+    return Solution(working.index, w, checked.gaps()[0], on_the_way + steps)
 
 
 def _begin(working: WorkingSet, start: Tensor | None, strength: Strength) -> tuple[Tensor, Check]:
@@ -334,7 +339,7 @@ def _enter(working: WorkingSet, forces: Tensor, least: float, most: int) -> None
 
 
 def _enter_violators(working: WorkingSet, check: Check, row: int) -> None:
-    """Let violators in, and columns that are near to be."""
+    """Let violators in, and columns that are near to be: few at a time where it costs little to look again."""
     forces, held = check.forces()[row], _nonzero(check.w[row])
     least = _NEAR_VIOLATORS * (check.strengths[row].l1 + working.problem.rounding)
-    _enter(working, forces, least, max(_FEWEST, held // 3))
+    _enter(working, forces, least, max(_FEWEST, held // 3 if working.is_small else held))
