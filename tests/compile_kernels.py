@@ -5,6 +5,7 @@ A program of its own, run by test_triton_compiles.py: a process in which Triton 
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 
@@ -16,8 +17,6 @@ DTYPES = ("fp32", "bf16", "fp64")
 
 def main() -> None:
     """Print a JSON object: of each kernel, for each dtype, how many loads of 16 bytes there are and whether code is."""
-    import importlib
-
     from triton.language import dtype
 
     compiled = {}

@@ -24,13 +24,12 @@ class Design(ABC):
     device: torch.device
     eps: float
     """The relative rounding error of X's own dtype."""
+    selective: bool = False
+    """Whether the correlations of some columns cost no more than their share of those of all."""
 
     @abstractmethod
     def columns(self) -> Columns:
         """An empty set of columns."""
-
-    selective = False
-    """Whether the correlations of some columns cost no more than their share of those of all."""
 
     @abstractmethod
     def correlations(self, residuals: Tensor) -> Tensor:
