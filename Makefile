@@ -100,9 +100,9 @@ $(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt
 	$(INSTALL) ".[bench]"
 	touch $@
 
-$(VENV)-peers/.ready: pyproject.toml
+$(VENV)-peers/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-peers
-	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[sklearn]" celer skglm adelie
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[sklearn]" celer skglm adelie
 	touch $@
 
 $(VENV)-features/.ready: pyproject.toml constraints.txt
