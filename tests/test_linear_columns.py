@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchreg.linear.data import columns, native_columns
-from torchreg.linear.data.design import Dense, weighted_mean
+from torchreg.linear.data.design import Dense, mean_squares, weighted_mean
 
 N, P = 300, 96
 ADDED = ([5, 80, 33], [7], [], [1, 0, 95, 40, 41, 42, 43, 44, 45, 46])
@@ -49,10 +49,13 @@ def test_products_are_those_of_centred_and_weighted_columns(
     mean = None if offset is None else weighted_mean(x.double(), v)
     root = None if v is None else v.sqrt()
     z, design = centred(x, mean, root), Dense(x, mean, root)
+    assert design.far == (offset == 1e4)
+    torch.testing.assert_close(mean_squares(design), z.square().mean(0), rtol=1e-10, atol=1e-10)
     for r in (z[:, :1].T, z[:, :3].T):
-        scale = 1e3 if dtype == torch.float32 else 1e-6
+        scale = 1e3 if dtype == torch.float32 and not design.far else 1e-6
         torch.testing.assert_close(design.correlations(r), r @ z / N, rtol=1e-6 * scale, atol=1e-6 * scale)
-    assert design.selective == (compiled and order == "columns")
+        torch.testing.assert_close(design.fitted(r @ z), r @ z @ z.T, rtol=1e-6 * scale, atol=1e-4 * scale)
+    assert design.selective == (compiled and order == "columns" and not design.far)
     if design.selective:
         r, some = z[:, 0], torch.tensor([95, 3, 3, 0, 40, 41])
         close = 1e-12 * (1 + (offset or 0) ** 2)

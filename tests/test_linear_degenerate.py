@@ -117,6 +117,22 @@ def test_data_far_from_the_origin() -> None:
     np.testing.assert_allclose(far.coef_, near.coef_, atol=1e-8)
 
 
+@pytest.mark.parametrize("solver", ["auto", "cd", "fista"])
+@pytest.mark.parametrize("offset", [1e3, 1e5, 1e7])
+@pytest.mark.parametrize("case", [tall, wide])
+def test_large_means_cost_no_digits(case: Any, offset: float, solver: str) -> None:
+    """The Gram matrix had none to lose, but each product with X lost as many as the mean has more than the others."""
+    x, y = case()
+    x = x + offset
+    x[:, 3] = offset  # a constant
+    near = x - x.mean(0)  # exact, but for a shift of all samples alike
+    alpha = 0.1 * largest(near, y)
+    for model in (Lasso(alpha, solver=solver).fit(x, y), Lasso(alpha, solver=solver).fit(np.asfortranarray(x), y)):
+        assert model.dual_gap_ < 1e-14 * np.square(y - y.mean()).mean()
+        assert relative_gap(near, y - y.mean(), model.coef_, 0.0, alpha) < 1e-14
+        assert model.coef_[3] == 0
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["X", "y"])

@@ -48,7 +48,10 @@ def test_ridge_penalty_equals_scikit_learns(x: Any, y: Any, weighted: bool, fit_
         warnings.simplefilter("ignore")
         theirs.fit(x, y, weights)
     np.testing.assert_allclose(model.coef_, theirs.coef_, rtol=1e-8, atol=1e-8 * np.abs(theirs.coef_).max())
-    np.testing.assert_allclose(model.intercept_, theirs.intercept_, rtol=1e-8, atol=1e-8)
+    expected = theirs.intercept_
+    if len(expected) > 1:  # any number may be added to all: theirs sum to rounding over the curvature in that direction
+        expected = expected - expected.mean()
+    np.testing.assert_allclose(model.intercept_, expected, rtol=1e-8, atol=1e-8)
 
 
 @cases

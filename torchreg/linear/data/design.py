@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,8 @@ from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColum
 
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
 _NARROWEST = 64  # columns of a product that is as fast as a wide one
+_LOOKED_AT = 8  # samples, which tell a mean that is far larger than a column's deviations
+_LOST = 2.5e-13, 4e-6  # of a product with X, at most, in float64 and float32: by a mean that much larger
 
 
 class Design(ABC):
@@ -92,8 +95,26 @@ class Dense(Design):
             rows.masked_fill_(constant, 0)
         return rows if self.root is None else rows.mul_(self.root)
 
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some columns of Z at a time, as `rows`."""
+        step = max(1, _BLOCK // max(1, self.samples))
+        for start in range(0, self.features, step):
+            here = slice(start, min(start + step, self.features))
+            yield here, self.rows(torch.arange(here.start, here.stop, device=self.device))
+
+    @cached_property
+    def far(self) -> bool:
+        """Whether a product with X less one with the means would lose digits, by a look at a few samples."""
+        if self.mean is None:
+            return False
+        square = (self.x[:_LOOKED_AT].double() - self.mean).square().mean(0)
+        most, least = self.mean.square() * (self.eps / _LOST[self.eps > 1e-10]) ** 2, CONSTANT * self.eps * self.mean
+        return bool(((square < most) & (square > least.square())).any())
+
     def correlations(self, residuals: Tensor) -> Tensor:
-        """RZ/n, by one product with X."""
+        """RZ/n, by one product with X; in blocks where means are far larger than deviations from them."""
+        if self.far:
+            return torch.cat([residuals @ rows.T for _, rows in self.blocks()], 1) / self.samples
         if self.root is not None:
             residuals = residuals * self.root
         narrow = residuals.to(self.x.dtype)
@@ -113,7 +134,7 @@ class Dense(Design):
     @cached_property
     def selective(self) -> bool:  # type: ignore[override]
         """Where there are compiled products with single columns."""
-        return native_columns.serves(self.x)
+        return native_columns.serves(self.x) and not self.far
 
     def some_correlations(self, residual: Tensor, places: Tensor) -> Tensor:
         """rZ/n for one residual r of shape (n,) and the columns in these places, of a selective design."""
@@ -132,7 +153,9 @@ class Dense(Design):
         return (x.T @ rows.T).T if x.stride(0) == 1 else rows @ x
 
     def fitted(self, w: Tensor) -> Tensor:
-        """WZᵀ, by one product with X."""
+        """WZᵀ, by one product with X; in blocks where means are far larger than deviations from them."""
+        if self.far:
+            return sum((w[:, here] @ rows for here, rows in self.blocks()), w.new_zeros(len(w), self.samples))
         found = (w.to(self.x.dtype) @ self.x.T).double()
         if self.mean is not None:
             found -= (w @ self.mean).unsqueeze(1)
@@ -222,6 +245,8 @@ def mean_squares(design: Design) -> Tensor:
     if not isinstance(design, Dense):
         return torch.from_numpy(design.squares)  # type: ignore[attr-defined]
     n, x = max(1, design.samples), design.x
+    if design.far:
+        return torch.cat([rows.square().sum(1) for _, rows in design.blocks()]) / n
     if design.root is None and x.dtype == torch.float64:
         squares = torch.linalg.vector_norm(x, dim=0).square() / n
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +13,6 @@ from torchreg.linear.data.design import Dense, Design, inner
 from torchreg.linear.data.inputs import Data
 from torchreg.linear.data.sparse_design import Sparse
 
-_BLOCK = 1 << 22  # elements of Z in float64 at a time
 _HARMLESS = 100.0  # a mean square this many times the variance costs a digit of a product with X
 
 
@@ -57,9 +55,10 @@ class RidgeProblem:
             return gram, gram.diagonal().clone()
         if isinstance(self.design, Sparse):
             return self._sparse_outer(self.design), torch.empty(0, device="cpu")
+        assert isinstance(self.design, Dense)
         outer = self.targets.new_zeros(self.design.samples, self.design.samples)
         squares = []
-        for _, rows in self._blocks():
+        for _, rows in self.design.blocks():
             outer += inner(rows)
             squares.append(rows.square().sum(1))
         return outer, torch.cat(squares)
@@ -77,37 +76,30 @@ class RidgeProblem:
             outer -= np.outer(outer @ root, root) / len(root)
         return torch.from_numpy(outer)
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some columns of a dense Z at a time, as rows in float64."""
-        if not isinstance(self.design, Dense):
-            raise TypeError("Expected dense data.")
-        step = max(1, _BLOCK // max(1, self.design.samples))
-        for start in range(0, self.design.features, step):
-            here = slice(start, min(start + step, self.design.features))
-            yield here, self.design.rows(torch.arange(here.start, here.stop, device=self.design.device))
-
     @cached_property
-    def _in_blocks(self) -> bool:
-        """Whether products with X itself would lose digits of Z's."""
-        if not isinstance(self.design, Dense):
-            return False
-        if self.design.x.dtype != torch.float64:
-            return True
-        if self.design.mean is None:
-            return False
-        return bool((self.design.mean.square() * self.design.samples > _HARMLESS * self.squares).any())
+    def _in_blocks(self) -> Dense | None:
+        """The design, if products with X itself would lose digits of Z's."""
+        design = self.design
+        if not isinstance(design, Dense):
+            return None
+        exact = design.x.dtype == torch.float64
+        if exact and design.mean is not None:
+            exact = bool((design.mean.square() * design.samples <= _HARMLESS * self.squares).all())
+        return None if exact else design
 
     def fitted(self, w: Tensor) -> Tensor:
         """WZᵀ in float64 for rows of coefficients: (m, features) -> (m, samples)."""
-        if not self._in_blocks:
+        if self._in_blocks is None:
             return self.design.fitted(w)
-        return sum((w[:, here] @ rows for here, rows in self._blocks()), w.new_zeros(len(w), self.design.samples))
+        return sum(
+            (w[:, here] @ rows for here, rows in self._in_blocks.blocks()), w.new_zeros(len(w), self.design.samples)
+        )
 
     def pull(self, residuals: Tensor) -> Tensor:
         """RZ in float64 for rows of residuals: (m, samples) -> (m, features)."""
-        if not self._in_blocks:
+        if self._in_blocks is None:
             return self.design.correlations(residuals) * self.design.samples
-        return torch.cat([residuals @ rows.T for _, rows in self._blocks()], 1)
+        return torch.cat([residuals @ rows.T for _, rows in self._in_blocks.blocks()], 1)
 
     def matrix(self) -> Tensor | None:
         """A dense Z, (samples, features) in float64; None for a sparse one."""
