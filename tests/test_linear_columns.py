@@ -51,7 +51,7 @@ def test_products_are_those_of_centred_and_weighted_columns(
     z, design = centred(x, mean, root), Dense(x, mean, root)
     assert design.far == (offset == 1e4)
     torch.testing.assert_close(mean_squares(design), z.square().mean(0), rtol=1e-10, atol=1e-10)
-    for r in (z[:, :1].T, z[:, :3].T):
+    for r in (z[:, :1].T, z[:, :3].T, z[:, :9].T):
         scale = 1e3 if dtype == torch.float32 and not design.far else 1e-6
         torch.testing.assert_close(design.correlations(r), r @ z / N, rtol=1e-6 * scale, atol=1e-6 * scale)
         torch.testing.assert_close(design.fitted(r @ z), r @ z @ z.T, rtol=1e-6 * scale, atol=1e-4 * scale)
@@ -73,6 +73,23 @@ def test_products_are_those_of_centred_and_weighted_columns(
             torch.testing.assert_close(held.combine(w[:rows]), w[:rows] @ z[:, index].T, rtol=1e-10, atol=1e-10)
             found, expected = held.correlations(z[:, :rows].T, places), z[:, :rows].T @ z[:, index][:, 1::2] / N
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_products_with_long_columns_are_exact(dtype: Any, rows: int) -> None:
+    if native_columns.unavailable() is not None:
+        pytest.skip(str(native_columns.unavailable()))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(11, 6000, generator=generator, dtype=torch.float64).to(dtype).T[:5003]
+    r = torch.randn(rows, 5003, generator=generator, dtype=torch.float64)
+    places = torch.tensor([10, 0, 3, 3, 4, 5, 6])
+    torch.testing.assert_close(native_columns.dots(x, r, [slice(0, 5003)]), r @ x.double(), rtol=1e-12, atol=1e-11)
+    for start, stop in ((0, 4), (1, 7)):
+        some = places[start:stop]
+        found = native_columns.dots(x, r, [slice(0, 100), slice(200, 5003)], some)
+        expected = r[:, :100] @ x[:100, some].double() + r[:, 200:] @ x[200:, some].double()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
 
 
 def test_samples_without_weight_are_not_read() -> None:

@@ -112,8 +112,8 @@ class DenseColumns(Columns):
         """By products with blocks of samples."""
         if self._root is not None:
             residuals = residuals * self._root
-        if self._in_place and len(residuals) == 1 and not self._far:
-            found = native_columns.dots(self._x, self._index[places], residuals[0], self._runs).unsqueeze(0)
+        if self._in_place and len(residuals) <= native_columns.ROWS and not self._far:
+            found = native_columns.dots(self._x, residuals, self._runs, self._index[places])
         else:
             found = residuals.new_zeros(len(residuals), len(places))
             for samples in self._blocks(len(places)):

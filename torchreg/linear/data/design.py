@@ -117,12 +117,10 @@ class Dense(Design):
             return torch.cat([residuals @ rows.T for _, rows in self.blocks()], 1) / self.samples
         if self.root is not None:
             residuals = residuals * self.root
-        narrow = residuals.to(self.x.dtype)
-        first, *others = self._runs
-        found = self._product(narrow, first)
-        for run in others:
-            found += self._product(narrow, run)
-        found = found.double()
+        if self._in_place and len(residuals) <= native_columns.ROWS:
+            found = native_columns.dots(self.x, residuals, self._runs)
+        else:
+            found = self._product(residuals.to(self.x.dtype)).double()
         if self.mean is not None:
             found -= residuals.sum(1, keepdim=True) * self.mean
         return found / self.samples
@@ -132,21 +130,33 @@ class Dense(Design):
         return weighted(self.root, self.samples)
 
     @cached_property
+    def _in_place(self) -> bool:
+        """Whether there are compiled products with its columns."""
+        return native_columns.serves(self.x)
+
+    @property
     def selective(self) -> bool:  # type: ignore[override]
-        """Where there are compiled products with single columns."""
-        return native_columns.serves(self.x) and not self.far
+        """Where there are compiled products with its columns."""
+        return self._in_place and not self.far
 
     def some_correlations(self, residual: Tensor, places: Tensor) -> Tensor:
         """rZ/n for one residual r of shape (n,) and the columns in these places, of a selective design."""
         if self.root is not None:
             residual = residual * self.root
-        found = native_columns.dots(self.x, places, residual, self._runs)
+        found = native_columns.dots(self.x, residual.unsqueeze(0), self._runs, places)[0]
         if self.mean is not None:
             found -= residual.sum() * self.mean[places]
         return found / self.samples
 
-    def _product(self, rows: Tensor, run: slice) -> Tensor:
-        """Rows times X, over some samples: (m, n) -> (m, features)."""
+    def _product(self, rows: Tensor) -> Tensor:
+        """Rows times X: (m, n) -> (m, features)."""
+        first, *others = (self._part(rows, run) for run in self._runs)
+        for part in others:
+            first += part
+        return first
+
+    def _part(self, rows: Tensor, run: slice) -> Tensor:
+        """Rows times X, over some samples."""
         x, rows = self.x[run], rows[:, run]
         if len(rows) == 1:
             return (x.T @ rows[0]).unsqueeze(0)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from torchreg.kernels import threads, toolchain
 
+ROWS = 8
+"""Residuals of which as many are taken at a time: with more, general products of matrices are as fast."""
+
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -33,23 +36,26 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _TYPES and x.stride(0) == 1 and unavailable() is None
 
 
-def dots(x: Tensor, places: Tensor, residual: Tensor, runs: Sequence[slice]) -> Tensor:
-    """xᵀr of some columns, in float64.
+def dots(x: Tensor, residuals: Tensor, runs: Sequence[slice], places: Tensor | None = None) -> Tensor:
+    """RX of some columns, in float64.
 
     Args:
         x: shape (n, p), of a kind that is served.
-        places: of the columns.
-        residual: r of shape (n,) in float64.
+        residuals: R of shape (m, n) in float64.
         runs: the samples that are read.
+        places: of the columns, all without.
 
     Returns:
-        shape (places,).
+        shape (m, places).
     """
-    found, places, residual = residual.new_zeros(len(places)), places.contiguous(), residual.contiguous()
+    places = torch.arange(x.shape[1], device="cpu") if places is None else places.contiguous()
+    residuals, found = residuals.contiguous(), residuals.new_zeros(len(residuals), len(places))
     for run in runs:
-        samples = x[run]
-        products = _products(samples, places, residual[run], found)
-        pieces = np.broadcast_to(np.array([0, 0, len(samples)]).reshape(3, 1), (3, len(places)))
+        samples, part = x[run], residuals[:, run]
+        products = _products(samples, places)
+        products.residuals, products.rows, products.total = part.data_ptr(), len(part), part.stride(0)
+        products.found = found.data_ptr()
+        pieces = np.broadcast_to(np.array([0, 0, len(samples) * len(part)]).reshape(3, 1), (3, len(places)))
         threads.run(_library(x.dtype).torchreg_dots, ctypes.byref(products), pieces)
     return found
 
@@ -69,7 +75,7 @@ def combination(x: Tensor, places: Tensor, w: Tensor, runs: Sequence[slice]) -> 
     total, places, w = w.new_zeros(len(x)), places.contiguous(), w.contiguous()
     for run in runs:
         products = _products(x[run], places)
-        _library(x.dtype).torchreg_combine(ctypes.byref(products), len(places), w.data_ptr(), total[run].data_ptr())
+        _library(x.dtype).torchreg_combine(ctypes.byref(products), w.data_ptr(), total[run].data_ptr())
     return total
 
 
@@ -79,13 +85,16 @@ class _Products(ctypes.Structure):
         ("stride", ctypes.c_int64),
         ("samples", ctypes.c_int64),
         ("places", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("residuals", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("total", ctypes.c_int64),
         ("found", ctypes.c_void_p),
     )
 
 
-def _products(x: Tensor, places: Tensor, *vectors: Tensor) -> _Products:
-    return _Products(x.data_ptr(), x.stride(1), len(x), places.data_ptr(), *(v.data_ptr() for v in vectors))
+def _products(x: Tensor, places: Tensor) -> _Products:
+    return _Products(x.data_ptr(), x.stride(1), len(x), places.data_ptr(), len(places))
 
 
 @functools.cache
@@ -95,6 +104,6 @@ def _library(dtype: torch.dtype) -> Any:
     library = toolchain.library(f"columns-{value}", f"#define VALUE {value}\n{text}")
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.torchreg_dots.argtypes = [pointer, integer, integer]
-    library.torchreg_combine.argtypes = [pointer, integer, pointer, pointer]
+    library.torchreg_combine.argtypes = [pointer, pointer, pointer]
     library.torchreg_dots.restype = library.torchreg_combine.restype = None
     return library
