@@ -15,6 +15,7 @@ from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import _check_sample_weight, check_array, validate_data
 from torch import Tensor
 
+from torchreg.linear.data import native_columns
 from torchreg.linear.data.design import Dense, Design, weighted_mean
 from torchreg.linear.data.sparse_design import Sparse, sparse_mean
 
@@ -47,6 +48,8 @@ class Data:
     @cached_property
     def mean(self) -> Tensor:
         """Of X's columns, weighted, in float64."""
+        if self._sums is not None:
+            return self._sums[0]
         return (weighted_mean if isinstance(self.x, Tensor) else sparse_mean)(self.x, self.weights)
 
     def design(self, centred: bool, overwrite: bool = False) -> tuple[Design, Tensor | None]:
@@ -58,6 +61,23 @@ class Data:
         if mean is not None and overwrite and self.writeable:
             return Dense(self.x.sub_(mean), None, root), mean
         return Dense(self.x, mean, root), mean
+
+    @cached_property
+    def _sums(self) -> Tensor | None:
+        """X's column means, and XᵀVz/n for the only target z, centred, where one pass over X yields both."""
+        if not isinstance(self.x, Tensor) or len(self.y.T) > 1 or not native_columns.serves(self.x):
+            return None
+        root = None if self.weights is None else self.weights.sqrt()
+        target = self.targets(True)[0][0]
+        return Dense(self.x, None, root).correlations(
+            torch.stack([torch.ones_like(target) if root is None else root, target])
+        )
+
+    def moment(self, design: Design) -> Tensor | None:
+        """Zᵀz/n of the data's design Z and their only target, if it came with the means."""
+        if not isinstance(design, Dense) or design.mean is None or design.far or self._sums is None:
+            return None
+        return self._sums[1]
 
     def targets(self, centred: bool) -> tuple[Tensor, Tensor]:
         """Targets (targets, samples), centred and weighted like the design, and their means."""

@@ -91,7 +91,8 @@ class CrossValidated(TensorPrediction):
         return replace(data, single=True), column_or_1d(y, warn=True)
 
     def _problem(self, data: Data) -> Problem:
-        return Problem(data.design(self.fit_intercept)[0], data.targets(self.fit_intercept)[0][0], self.positive)
+        design, _ = data.design(self.fit_intercept)
+        return Problem(design, data.targets(self.fit_intercept)[0][0], self.positive, data.moment(design))
 
     def _folds(self, data: Data, splits: list[tuple[Any, Any]]) -> Folds:
         return Folds(data, splits, self.fit_intercept, self.positive, self.solver)

@@ -169,7 +169,8 @@ class ElasticNet(TensorPrediction, sklearn.linear_model.ElasticNet):
         gram = gram_of(self.precompute, design, mean, check_input)
         if gram is None and len(targets) > 1 and self.solver not in ("cd", "fista") and is_narrow(design, len(targets)):
             gram = design.gram()
-        return self.fit_problems(data, [Problem(design, z, self.positive) for z in targets], gram)
+        moment = data.moment(design)
+        return self.fit_problems(data, [Problem(design, z, self.positive, moment) for z in targets], gram)
 
     def fit_problems(self, data: Data, problems: list[Problem], gram: Tensor | bool | None) -> ElasticNet:
         """`fit` for data that have been read, one problem for each target, with ZᵀZ/n where it is known."""

@@ -34,6 +34,8 @@ class Problem:
     target: Tensor
     """z of shape (n,) in float64, centred and weighted like Z."""
     positive: bool = False
+    known: Tensor | None = None
+    """Zᵀz/n, if it has been computed already."""
 
     @cached_property
     def power(self) -> float:
@@ -43,7 +45,7 @@ class Problem:
     @cached_property
     def moment(self) -> Tensor:
         """Zᵀz/n, of shape (features,)."""
-        return self.design.correlations(self.target.unsqueeze(0))[0]
+        return self.design.correlations(self.target.unsqueeze(0))[0] if self.known is None else self.known
 
     @cached_property
     def largest(self) -> float:

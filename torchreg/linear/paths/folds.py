@@ -122,7 +122,7 @@ class Folds:
         data = self._training(train)
         design, mean = data.design(self.centred)
         targets, target_mean = data.targets(self.centred)
-        problem = Problem(design, targets[0], self.positive)
+        problem = Problem(design, targets[0], self.positive, data.moment(design))
         found = solve(problem, strengths, limit=limit, method=self.method)
         warn_if_far(max(s.gap for s in found), problem.power, self._eps, tol)
         coefs = torch.stack([s.full(design.features) for s in found])
