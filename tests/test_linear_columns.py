@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchreg.linear.data import columns, native_columns
+from torchreg.linear.data import blas, columns, native_columns, native_gram
 from torchreg.linear.data.design import Dense, mean_squares, weighted_mean
 
 N, P = 300, 96
@@ -27,16 +27,26 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "_SHORTEST", 64)
 
 
+@pytest.mark.parametrize("slow", [True, False], ids=["slow BLAS", "fast BLAS"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("weights", ["no", "all", "a fold's"])
 @pytest.mark.parametrize("offset", [None, 0.0, 3.0, 1e4], ids=str)
 @pytest.mark.parametrize("order", ["rows", "columns", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_products_are_those_of_centred_and_weighted_columns(
-    dtype: Any, order: str, offset: float | None, weights: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: Any,
+    order: str,
+    offset: float | None,
+    weights: str,
+    compiled: bool,
+    slow: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(blas, "is_slow", lambda: slow)
+    monkeypatch.setattr(native_gram, "_FEWEST", 0)
     if not compiled:
-        monkeypatch.setattr(native_columns, "unavailable", lambda: "no compiler")
+        for module in (native_columns, native_gram):
+            monkeypatch.setattr(module, "unavailable", lambda: "no compiler")
     elif native_columns.unavailable() is not None:
         pytest.skip(str(native_columns.unavailable()))
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchreg.linear.data import native_columns
+from torchreg.linear.data import native_columns, native_gram
 
 HARMLESS = 100.0  # a mean square this many times the variance costs two digits of a Gram matrix
 CONSTANT = 16.0  # a column that varies by fewer roundings of its mean than this is constant
@@ -112,7 +112,7 @@ class DenseColumns(Columns):
         """By products with blocks of samples."""
         if self._root is not None:
             residuals = residuals * self._root
-        if self._in_place and len(residuals) <= native_columns.ROWS and not self._far:
+        if self._in_place and len(residuals) <= native_columns.most_rows() and not self._far:
             found = native_columns.dots(self._x, residuals, self._runs, self._index[places])
         else:
             found = residuals.new_zeros(len(residuals), len(places))
@@ -136,18 +136,36 @@ class DenseColumns(Columns):
         self._copy[start:count] = self._x.T[index]
 
     def _multiply(self, start: int, total: Tensor) -> None:
-        """Write ZᵀZ/n of the columns from `start` on with all. Unless means are large only one side is centred."""
-        new, count = self._index[start:], len(self._index)
+        """Write ZᵀZ/n of the columns from `start` on with all."""
         total.zero_()
-        for samples in self._blocks(count):
-            right = self._rows(samples)
-            left = right[start:]
-            if self._mean is not None and not self._far:
-                left = left - self._mean[new].unsqueeze(1)
-            if self._root is not None:
-                left = left * self._root[samples].square()
-            total.addmm_(left, right.T)
+        symmetric = native_gram.pays(total, total.numel() * len(self._x))
+        for samples in self._blocks(len(self._index)):
+            if symmetric:
+                native_gram.add(self._centred(samples), start, total)
+            else:
+                self._add_products(samples, start, total)
+        if symmetric:
+            native_gram.mirrored(total[:, start:])
         total.div_(max(1, len(self._x)))
+
+    def _centred(self, samples: slice) -> Tensor:
+        """Columns as `_rows` has them, centred and weighted, each in one piece."""
+        rows = self._rows(samples)
+        if self._mean is not None and not self._far:
+            rows = rows - self._mean[self._index].unsqueeze(1)
+        if self._root is not None:
+            rows = rows * self._root[samples]
+        return rows.contiguous()
+
+    def _add_products(self, samples: slice, start: int, total: Tensor) -> None:
+        """By a general product of matrices. Unless means are large only one side is centred."""
+        right = self._rows(samples)
+        left = right[start:]
+        if self._mean is not None and not self._far:
+            left = left - self._mean[self._index[start:]].unsqueeze(1)
+        if self._root is not None:
+            left = left * self._root[samples].square()
+        total.addmm_(left, right.T)
 
     def _blocks(self, columns: int) -> Iterator[slice]:
         """Samples that are read at a time."""

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchreg.linear.data import native_columns
+from torchreg.linear.data import native_columns, native_gram
 from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns, weighted
 
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
@@ -117,7 +117,7 @@ class Dense(Design):
             return torch.cat([residuals @ rows.T for _, rows in self.blocks()], 1) / self.samples
         if self.root is not None:
             residuals = residuals * self.root
-        if self._in_place and len(residuals) <= native_columns.ROWS:
+        if self._in_place and len(residuals) <= native_columns.most_rows():
             found = native_columns.dots(self.x, residuals, self._runs)
         else:
             found = self._product(residuals.to(self.x.dtype)).double()
@@ -230,6 +230,8 @@ def inner(x: Tensor) -> Tensor:
     NumPy has one, but in what BLAS: for a processor newer than itself that may be the slowest kernel of all.
     """
     features = x.shape[1]
+    if native_gram.pays(x, x.numel() * features):
+        return native_gram.inner(x)
     step, found = max(_NARROWEST, features // 8), x.new_empty(features, features)
     for start in range(0, features, step):
         end = min(start + step, features)

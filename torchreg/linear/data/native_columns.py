@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels import threads, toolchain
-
-ROWS = 8
-"""Residuals of which as many are taken at a time: with more, general products of matrices are as fast."""
+from torchreg.linear.data import blas
 
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
@@ -34,6 +32,11 @@ def unavailable() -> str | None:
 def serves(x: Tensor) -> bool:
     """Whether there are products for this matrix: float32 or float64, on the CPU, each column in one piece."""
     return x.device.type == "cpu" and x.dtype in _TYPES and x.stride(0) == 1 and unavailable() is None
+
+
+def most_rows() -> int:
+    """Residuals up to which `dots` is as fast as a general product of matrices."""
+    return 8 if blas.is_slow() else 2
 
 
 def dots(x: Tensor, residuals: Tensor, runs: Sequence[slice], places: Tensor | None = None) -> Tensor:

@@ -1,0 +1,84 @@
+"""Gram matrices, compiled from C for processors on which torch's products of matrices are slow."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchreg.kernels import threads, toolchain
+from torchreg.linear.data import blas
+
+_FEWEST = 1 << 20  # products, below which torch is as fast
+_LENGTH = 1000  # samples of a block that is copied
+_STRIDE = 1008  # from one column's copy to the next: whole cache lines, and no power of two
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why there is no compiled product on this machine, or None. Builds it, once."""
+    try:
+        _function()
+    except toolchain.Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def pays(x: Tensor, products: int) -> bool:
+    """Whether so many products of numbers of this kind are faster here than by torch."""
+    large = products >= _FEWEST and x.device.type == "cpu" and x.dtype == torch.float64
+    return large and blas.is_slow() and unavailable() is None
+
+
+def inner(x: Tensor) -> Tensor:
+    """XᵀX, of a copy of a block of rows at a time: (n, p) -> (p, p)."""
+    samples, features = x.shape
+    found = x.new_zeros(features, features)
+    room = x.new_empty(features, _STRIDE)
+    for start in range(0, samples, _LENGTH):
+        block = x[start : start + _LENGTH]
+        add(room[:, : len(block)].copy_(block.T), 0, found)
+    return mirrored(found)
+
+
+def add(rows: Tensor, first: int, found: Tensor) -> None:
+    """Add RRᵀ from row `first` on to `found`, of each row only what is not beyond the diagonal.
+
+    Args:
+        rows: R of shape (k, n) in float64, each row in one piece.
+        first: the row of RRᵀ that is the first one of `found`.
+        found: shape (k - first, k) in float64, likewise.
+    """
+    table = _Gram(rows.data_ptr(), rows.stride(0), rows.shape[1], first, found.data_ptr(), found.stride(0))
+    pieces = np.zeros((3, len(rows) - first), dtype=np.int64)
+    pieces[2] = np.arange(first + 1, len(rows) + 1) * rows.shape[1]
+    threads.run(_function(), ctypes.byref(table), pieces)
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix of which this holds the lower triangle, in place."""
+    return lower.add_(lower.tril(-1).T)
+
+
+class _Gram(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("found", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+    )
+
+
+@functools.cache
+def _function() -> Any:
+    text = Path(__file__).with_name("gram.c").read_text(encoding="utf-8")
+    function = toolchain.library("gram", text).torchreg_gram
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], None
+    return function
