@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from linear_cases import CASES, sparse_case
+from sklearn.datasets import load_iris
 
 import torchreg
 from torchreg.linear import GroupLasso, Lasso, MultiTaskLasso
@@ -260,3 +261,11 @@ def test_the_lines_of_the_page_run() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     exec(block, space)
     assert set(space["model"].groups_) == set(range(7))
+
+
+def test_steps_are_counted_without_a_compiler_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group along its pull needs no other step, which scikit-learn's checks took for none at all."""
+    monkeypatch.setattr(block_descent, "unavailable", lambda: "no compiler")
+    x, y = load_iris(return_X_y=True)
+    for model in (GroupLasso(groups=1), MultiTaskLasso()):
+        assert model.fit(x, np.c_[y, y]).n_iter_ >= 1

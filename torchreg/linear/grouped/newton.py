@@ -104,7 +104,7 @@ class _Descent:
             pull = self.pull(w)
             entering = self.entering(w, pull)
             if len(entering):
-                w = self.enter(w, pull, entering)
+                w, steps = self.enter(w, pull, entering), steps + 1
                 fine = False
             elif fine or coarse or not settled:
                 return w, steps
