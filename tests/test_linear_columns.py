@@ -25,6 +25,7 @@ def centred(x: Tensor, mean: Tensor | None, root: Tensor | None) -> Tensor:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "_BLOCK", 500)
     monkeypatch.setattr(columns, "_SHORTEST", 64)
+    monkeypatch.setattr(native_columns, "_FEWEST", 0)
 
 
 @pytest.mark.parametrize("slow", [True, False], ids=["slow BLAS", "fast BLAS"])

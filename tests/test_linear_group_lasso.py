@@ -268,4 +268,4 @@ def test_steps_are_counted_without_a_compiler_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(block_descent, "unavailable", lambda: "no compiler")
     x, y = load_iris(return_X_y=True)
     for model in (GroupLasso(groups=1), MultiTaskLasso()):
-        assert model.fit(x, np.c_[y, y]).n_iter_ >= 1
+        assert np.min(model.fit(x, np.c_[y, y]).n_iter_) >= 1

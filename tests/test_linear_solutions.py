@@ -162,6 +162,7 @@ def test_columns_that_are_not_read_at_each_step_are_in_the_end(
     if native_columns.unavailable() is not None:
         pytest.skip(str(native_columns.unavailable()))
     read: list[int] = []
+    monkeypatch.setattr(native_columns, "_FEWEST", 0)
     some = Dense.some_correlations
     monkeypatch.setattr(Dense, "some_correlations", lambda *a: (read.append(len(a[2])), some(*a))[1])
     monkeypatch.setattr(working_set, "_DEEP", 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchreg.kernels import threads, toolchain
 from torchreg.linear.data import blas
 
+_FEWEST = 1 << 16  # numbers in a matrix: below, torch's products are made sooner than ours begin
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -30,8 +31,9 @@ def unavailable() -> str | None:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether there are products for this matrix: float32 or float64, on the CPU, each column in one piece."""
-    return x.device.type == "cpu" and x.dtype in _TYPES and x.stride(0) == 1 and unavailable() is None
+    """Whether there are products for this matrix: on the CPU, float32 or float64, large, each column in one piece."""
+    large = x.numel() >= _FEWEST and x.device.type == "cpu"
+    return large and x.dtype in _TYPES and x.stride(0) == 1 and unavailable() is None
 
 
 def most_rows() -> int:
