@@ -91,7 +91,7 @@ def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: i
         positive: whether w ≥ 0 is asked for.
 
     Returns:
-        shape (m,), non-negative.
+        shape (m,), and never below the rounding of the primal value: less can't be certified.
 
     Source: Fercoq, Gramfort and Salmon, Mind the duality gap, ICML 2015; Dünner et al., Primal-dual rates and
     certificates, ICML 2016.
@@ -109,4 +109,4 @@ def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: i
         slope = pull.square().sum(1)
         ridge = energy - 0.5 * l2 * fit.square - fit.agreement + 0.5 * slope / torch.where(l2 > 0, l2, 1)
         gaps = torch.where(l1 > 0, gaps, torch.where(l2 > 0, ridge, samples * slope))
-    return gaps.clamp(min=0)
+    return torch.maximum(gaps, torch.finfo(primal.dtype).eps * primal)
