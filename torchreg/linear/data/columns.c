@@ -11,61 +11,78 @@ typedef struct {
     const double *residuals;
     int64_t rows, total; /* of them, and from one to the next */
     double *found;       /* rows × count */
+    const double *means; /* of all columns, or none */
 } Products;
 
+#define INLINE static inline __attribute__((always_inline))
 #define COLUMN(j) (p->x + p->places[j] * p->stride)
+#define MEAN(j) p->means[p->places[j]]
 
 enum { CHUNK = 2048, AHEAD = 8, LINE = 64 / sizeof(VALUE) };
 
-/* Adds to `found`, and to `more`, the inner products of four columns with a residual, and with another one. */
-static void with_two(const VALUE *a, const VALUE *b, const VALUE *c, const VALUE *d, const double *r, const double *q,
-                     int64_t n, double *found, double *more) {
+/* Adds to `found`, and to `more`, the inner products of four columns less their means with a residual, and another. */
+INLINE void with_two(const VALUE *const x[4], const double m[4], const double *r, const double *q, int64_t n,
+                     double *found, double *more) {
+    const VALUE *a = x[0], *b = x[1], *c = x[2], *d = x[3];
     double ar = 0, br = 0, cr = 0, dr = 0, aq = 0, bq = 0, cq = 0, dq = 0;
 #pragma omp simd reduction(+ : ar, br, cr, dr, aq, bq, cq, dq)
     for (int64_t i = 0; i < n; i++) {
-        ar += a[i] * r[i], br += b[i] * r[i], cr += c[i] * r[i], dr += d[i] * r[i];
-        aq += a[i] * q[i], bq += b[i] * q[i], cq += c[i] * q[i], dq += d[i] * q[i];
+        double ai = a[i] - m[0], bi = b[i] - m[1], ci = c[i] - m[2], di = d[i] - m[3];
+        ar += ai * r[i], br += bi * r[i], cr += ci * r[i], dr += di * r[i];
+        aq += ai * q[i], bq += bi * q[i], cq += ci * q[i], dq += di * q[i];
     }
     found[0] += ar, found[1] += br, found[2] += cr, found[3] += dr;
     more[0] += aq, more[1] += bq, more[2] += cq, more[3] += dq;
 }
 
-static void with_one(const VALUE *a, const VALUE *b, const VALUE *c, const VALUE *d, const double *r, int64_t n,
-                     double *found) {
+INLINE void with_one(const VALUE *const x[4], const double m[4], const double *r, int64_t n, double *found) {
+    const VALUE *a = x[0], *b = x[1], *c = x[2], *d = x[3];
     double ar = 0, br = 0, cr = 0, dr = 0;
 #pragma omp simd reduction(+ : ar, br, cr, dr)
-    for (int64_t i = 0; i < n; i++) ar += a[i] * r[i], br += b[i] * r[i], cr += c[i] * r[i], dr += d[i] * r[i];
+    for (int64_t i = 0; i < n; i++)
+        ar += (a[i] - m[0]) * r[i], br += (b[i] - m[1]) * r[i], cr += (c[i] - m[2]) * r[i], dr += (d[i] - m[3]) * r[i];
     found[0] += ar, found[1] += br, found[2] += cr, found[3] += dr;
 }
 
-/* Adds to `found` the inner products of all residuals and the columns at places `from` to `to`. Four columns at a time:
-   one after the other they don't fill the ways to memory. The beginnings of the next four are fetched ahead: the
-   processor can't know them, and goes on by itself. Residuals after the first two find the columns in the cache. */
+/* All residuals with four columns. Those after the first two find the columns in the cache. */
+INLINE void with_all(const Products *p, const VALUE *const x[4], const double m[4], int64_t start, int64_t n, int64_t j) {
+    for (int64_t row = 0; row < p->rows; row += 2) {
+        const double *r = p->residuals + row * p->total + start;
+        double *found = p->found + row * p->count + j;
+        if (row + 1 < p->rows)
+            with_two(x, m, r, r + p->total, n, found, found + p->count);
+        else
+            with_one(x, m, r, n, found);
+    }
+}
+
+/* Adds to `found` the inner products of all residuals and the columns at places `from` to `to`, less their means if
+   there are any. Four columns at a time: one after the other they don't fill the ways to memory. The beginnings of the
+   next four are fetched ahead: the processor can't know them, and goes on by itself. */
 void torchreg_dots(const Products *p, int64_t from, int64_t to) {
+    static const double none[4] = {0};
     for (int64_t start = 0; start < p->samples; start += CHUNK) {
         int64_t n = p->samples - start < CHUNK ? p->samples - start : CHUNK, j = from;
-        const double *residuals = p->residuals + start;
         for (; j + 4 <= to; j += 4) {
-            const VALUE *a = COLUMN(j) + start, *b = COLUMN(j + 1) + start;
-            const VALUE *c = COLUMN(j + 2) + start, *d = COLUMN(j + 3) + start;
+            const VALUE *x[4];
+            for (int k = 0; k < 4; k++) x[k] = COLUMN(j + k) + start;
             for (int64_t k = j + 4; k < j + 8 && k < to; k++)
                 for (int64_t l = 0; l < AHEAD; l++) __builtin_prefetch(COLUMN(k) + start + l * LINE, 0, 2);
-            for (int64_t row = 0; row < p->rows; row += 2) {
-                const double *r = residuals + row * p->total;
-                double *found = p->found + row * p->count + j;
-                if (row + 1 < p->rows)
-                    with_two(a, b, c, d, r, r + p->total, n, found, found + p->count);
-                else
-                    with_one(a, b, c, d, r, n, found);
+            if (p->means) {
+                const double m[4] = {MEAN(j), MEAN(j + 1), MEAN(j + 2), MEAN(j + 3)};
+                with_all(p, x, m, start, n, j);
+            } else {
+                with_all(p, x, none, start, n, j);
             }
         }
         for (; j < to; j++) {
             const VALUE *x = COLUMN(j) + start;
+            const double mean = p->means ? MEAN(j) : 0;
             for (int64_t row = 0; row < p->rows; row++) {
-                const double *r = residuals + row * p->total;
+                const double *r = p->residuals + row * p->total + start;
                 double sum = 0;
 #pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < n; i++) sum += x[i] * r[i];
+                for (int64_t i = 0; i < n; i++) sum += (x[i] - mean) * r[i];
                 p->found[row * p->count + j] += sum;
             }
         }

@@ -16,7 +16,7 @@ from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColum
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
 _NARROWEST = 64  # columns of a product that is as fast as a wide one
 _LOOKED_AT = 8  # samples, which tell a mean that is far larger than a column's deviations
-_LOST = 2.5e-13, 4e-6  # of a product with X, at most, in float64 and float32: by a mean that much larger
+_LOST = 2.5e-13, 3e-5  # of a product with X, at most, in float64 and float32: by a mean that much larger
 
 
 class Design(ABC):
@@ -113,40 +113,42 @@ class Dense(Design):
 
     def correlations(self, residuals: Tensor) -> Tensor:
         """RZ/n, by one product with X; in blocks where means are far larger than deviations from them."""
+        if self._in_place and len(residuals) <= native_columns.most_rows():
+            return self._dots(residuals)
         if self.far:
             return torch.cat([residuals @ rows.T for _, rows in self.blocks()], 1) / self.samples
         if self.root is not None:
             residuals = residuals * self.root
-        if self._in_place and len(residuals) <= native_columns.most_rows():
-            found = native_columns.dots(self.x, residuals, self._runs)
-        else:
-            found = self._product(residuals.to(self.x.dtype)).double()
+        found = self._product(residuals.to(self.x.dtype)).double()
         if self.mean is not None:
             found -= residuals.sum(1, keepdim=True) * self.mean
+        return found / self.samples
+
+    def some_correlations(self, residual: Tensor, places: Tensor) -> Tensor:
+        """rZ/n for one residual r of shape (n,) and the columns in these places, of a selective design."""
+        return self._dots(residual.unsqueeze(0), places)[0]
+
+    def _dots(self, residuals: Tensor, places: Tensor | None = None) -> Tensor:
+        """RZ/n, compiled, of some columns or all. Large means are taken off each number, others off the sums."""
+        if self.root is not None:
+            residuals = residuals * self.root
+        found = native_columns.dots(self.x, residuals, self._runs, places, self.mean if self.far else None)
+        if self.mean is not None and not self.far:
+            found -= residuals.sum(1, keepdim=True) * (self.mean if places is None else self.mean[places])
         return found / self.samples
 
     @cached_property
     def _runs(self) -> list[slice]:
         return weighted(self.root, self.samples)
 
-    @cached_property
-    def _in_place(self) -> bool:
-        """Whether there are compiled products with its columns."""
-        return native_columns.serves(self.x)
-
     @property
     def selective(self) -> bool:  # type: ignore[override]
         """Where there are compiled products with its columns."""
-        return self._in_place and not self.far
+        return self._in_place
 
-    def some_correlations(self, residual: Tensor, places: Tensor) -> Tensor:
-        """rZ/n for one residual r of shape (n,) and the columns in these places, of a selective design."""
-        if self.root is not None:
-            residual = residual * self.root
-        found = native_columns.dots(self.x, residual.unsqueeze(0), self._runs, places)[0]
-        if self.mean is not None:
-            found -= residual.sum() * self.mean[places]
-        return found / self.samples
+    @cached_property
+    def _in_place(self) -> bool:
+        return native_columns.serves(self.x)
 
     def _product(self, rows: Tensor) -> Tensor:
         """Rows times X: (m, n) -> (m, features)."""

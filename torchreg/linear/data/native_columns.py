@@ -41,14 +41,17 @@ def most_rows() -> int:
     return 8 if blas.is_slow() else 2
 
 
-def dots(x: Tensor, residuals: Tensor, runs: Sequence[slice], places: Tensor | None = None) -> Tensor:
-    """RX of some columns, in float64.
+def dots(
+    x: Tensor, residuals: Tensor, runs: Sequence[slice], places: Tensor | None = None, means: Tensor | None = None
+) -> Tensor:
+    """R(X − 1mᵀ) of some columns, in float64.
 
     Args:
         x: shape (n, p), of a kind that is served.
         residuals: R of shape (m, n) in float64.
         runs: the samples that are read.
         places: of the columns, all without.
+        means: m of shape (p,) in float64, zero without.
 
     Returns:
         shape (m, places).
@@ -59,7 +62,7 @@ def dots(x: Tensor, residuals: Tensor, runs: Sequence[slice], places: Tensor | N
         samples, part = x[run], residuals[:, run]
         products = _products(samples, places)
         products.residuals, products.rows, products.total = part.data_ptr(), len(part), part.stride(0)
-        products.found = found.data_ptr()
+        products.found, products.means = found.data_ptr(), None if means is None else means.data_ptr()
         pieces = np.broadcast_to(np.array([0, 0, len(samples) * len(part)]).reshape(3, 1), (3, len(places)))
         threads.run(_library(x.dtype).torchreg_dots, ctypes.byref(products), pieces)
     return found
@@ -95,6 +98,7 @@ class _Products(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("total", ctypes.c_int64),
         ("found", ctypes.c_void_p),
+        ("means", ctypes.c_void_p),
     )
 
 
