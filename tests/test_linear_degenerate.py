@@ -13,7 +13,9 @@ from linear_cases import largest, relative_gap, tall, wide
 from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 
-from torchreg.linear import ElasticNet, ElasticNetCV, Lasso, LassoCV, lasso_path
+from torchreg.linear import ElasticNet, ElasticNetCV, Lasso, LassoCV, Ridge, lasso_path
+from torchreg.linear.data import native_columns
+from torchreg.linear.data.inputs import read
 
 ESTIMATORS = [Lasso, ElasticNet, LassoCV, ElasticNetCV]
 
@@ -118,19 +120,49 @@ def test_data_far_from_the_origin() -> None:
 
 
 @pytest.mark.parametrize("solver", ["auto", "cd", "fista"])
-@pytest.mark.parametrize("offset", [1e3, 1e5, 1e7])
+@pytest.mark.parametrize("offset", [3e3, 1e5, 1e7])
+@pytest.mark.parametrize("few", [False, True], ids=["all columns", "few"])
 @pytest.mark.parametrize("case", [tall, wide])
-def test_large_means_cost_no_digits(case: Any, offset: float, solver: str) -> None:
+def test_large_means_cost_no_digits(
+    case: Any, few: bool, offset: float, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Gram matrix had none to lose, but each product with X lost as many as the mean has more than the others."""
+    monkeypatch.setattr(native_columns, "_FEWEST", 0)
     x, y = case()
-    x = x + offset
+    x = x + offset * (np.arange(x.shape[1]) % 7 == 0 if few else 1)
     x[:, 3] = offset  # a constant
     near = x - x.mean(0)  # exact, but for a shift of all samples alike
     alpha = 0.1 * largest(near, y)
-    for model in (Lasso(alpha, solver=solver).fit(x, y), Lasso(alpha, solver=solver).fit(np.asfortranarray(x), y)):
+    for container in (np.ascontiguousarray, np.asfortranarray):
+        model = Lasso(alpha, solver=solver).fit(container(x), y)
         assert model.dual_gap_ < 1e-14 * np.square(y - y.mean()).mean()
         assert relative_gap(near, y - y.mean(), model.coef_, 0.0, alpha) < 1e-14
         assert model.coef_[3] == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("samples", [20_000, 300_000])
+def test_means_of_constant_columns_are_exact(samples: int, dtype: Any) -> None:
+    """A sum of equal numbers is off by more roundings than a constant column is allowed to vary."""
+    rng = np.random.default_rng(0)
+    x = np.asfortranarray(
+        np.c_[rng.standard_normal((samples, 2)), np.tile([0.1, 1 / 3, 1e5 + 0.1], (samples, 1))], dtype
+    )
+    x[:, 1] = x[:, 0] > -3.1  # nearly constant, but no mean that is far larger
+    y = x[:, 0] + rng.standard_normal(samples)
+    weights = rng.uniform(0.5, 2, samples).astype(dtype).astype(float)
+    for w in (None, weights):
+        data = read(Lasso(), x, y, w)
+        np.testing.assert_allclose(data.mean, np.average(x.astype(float), axis=0, weights=w), rtol=1e-12, atol=1e-12)
+        assert w is not None or data.mean[2:].tolist() == x[0, 2:].astype(float).tolist()
+        assert data.design(True)[0].far.tolist() == [2, 3, 4]
+        moment, product = data.moment(data.design(True)[0]), data.design(True)[0].correlations(data.targets(True)[0])
+        np.testing.assert_allclose(moment, product[0], atol=1e-10)
+        assert not Ridge(1e-6).fit(x, y, w).coef_[2:].any()
+        for order in "FC":
+            model = Lasso(1e-5).fit(np.array(x, order=order), y, w)
+            assert not model.coef_[2:].any()
+            assert model.dual_gap_ < (1e-12 if dtype == np.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -138,7 +138,7 @@ class DenseColumns(Columns):
     def _multiply(self, start: int, total: Tensor) -> None:
         """Write ZᵀZ/n of the columns from `start` on with all."""
         total.zero_()
-        symmetric = native_gram.pays(total, total.numel() * len(self._x))
+        symmetric = native_gram.pays(len(self._x), len(self._index), len(total), total)
         for samples in self._blocks(len(self._index)):
             if symmetric:
                 native_gram.add(self._centred(samples), start, total)

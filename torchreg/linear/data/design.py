@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,9 +14,11 @@ from torchreg.linear.data import native_columns, native_gram
 from torchreg.linear.data.columns import CONSTANT, HARMLESS, Columns, DenseColumns, weighted
 
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
+_FEW = 1 << 20  # likewise of columns that are centred
 _NARROWEST = 64  # columns of a product that is as fast as a wide one
-_LOOKED_AT = 8  # samples, which tell a mean that is far larger than a column's deviations
-_LOST = 2.5e-13, 3e-5  # of a product with X, at most, in float64 and float32: by a mean that much larger
+_LOOKED_AT = 8  # samples, which tell of a mean that may be far larger than a column's deviations
+_LOST = {torch.float64: 2.5e-13, torch.float32: 3e-5}
+"""The part of a product with X that may be lost to a large mean: eps times the ratio of mean and deviation."""
 
 
 class Design(ABC):
@@ -95,33 +97,56 @@ class Dense(Design):
             rows.masked_fill_(constant, 0)
         return rows if self.root is None else rows.mul_(self.root)
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some columns of Z at a time, as `rows`."""
-        step = max(1, _BLOCK // max(1, self.samples))
-        for start in range(0, self.features, step):
-            here = slice(start, min(start + step, self.features))
-            yield here, self.rows(torch.arange(here.start, here.stop, device=self.device))
+    def centred(self, index: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Some columns of Z or all, a few at a time, as `rows`: which ones of the index, and they."""
+        index = torch.arange(self.features, device=self.device) if index is None else index
+        step = max(1, _FEW // max(1, self.samples))
+        for start in range(0, len(index), step):
+            here = slice(start, min(start + step, len(index)))
+            yield here, self.rows(index[here])
+
+    def centred_products(self, residuals: Tensor, index: Tensor | None = None) -> Tensor:
+        """RZ for some columns or all, from centred copies of a few: (m, n) -> (m, columns)."""
+        found = residuals.new_empty(len(residuals), self.features if index is None else len(index))
+        for here, rows in self.centred(index):
+            torch.mm(residuals, rows.T, out=found[:, here])
+        return found
+
+    def centred_sum(self, w: Tensor, index: Tensor | None = None) -> Tensor:
+        """WZᵀ likewise, for coefficients of these columns: (m, columns) -> (m, n)."""
+        total = w.new_zeros(len(w), self.samples)
+        for here, rows in self.centred(index):
+            total.addmm_(w[:, here], rows)
+        return total
 
     @cached_property
-    def far(self) -> bool:
-        """Whether a product with X less one with the means would lose digits, by a look at a few samples."""
+    def far(self) -> Tensor:
+        """Columns with such large means, beside deviations, that products with X less those with means lose digits.
+
+        Constant ones are among them: all that is left of those would be rounding. A few samples tell which may be.
+        """
         if self.mean is None:
-            return False
+            return torch.empty(0, dtype=torch.long, device=self.device)
+        most = (self.eps / _LOST[self.x.dtype] * self.mean).square()
         square = (self.x[:_LOOKED_AT].double() - self.mean).square().mean(0)
-        most, least = self.mean.square() * (self.eps / _LOST[self.eps > 1e-10]) ** 2, CONSTANT * self.eps * self.mean
-        return bool(((square < most) & (square > least.square())).any())
+        suspects = torch.nonzero(square < most).squeeze(1)
+        if not len(suspects):
+            return suspects
+        square = self.mean.new_empty(len(suspects))
+        for here, rows in replace(self, root=None).centred(suspects):
+            torch.mean(rows.square_(), 1, out=square[here])
+        return suspects[square < most[suspects]]
 
     def correlations(self, residuals: Tensor) -> Tensor:
-        """RZ/n, by one product with X; in blocks where means are far larger than deviations from them."""
+        """RZ/n, by one product with X, and from centred copies of columns with large means."""
         if self._in_place and len(residuals) <= native_columns.most_rows():
             return self._dots(residuals)
-        if self.far:
-            return torch.cat([residuals @ rows.T for _, rows in self.blocks()], 1) / self.samples
-        if self.root is not None:
-            residuals = residuals * self.root
-        found = self._product(residuals.to(self.x.dtype)).double()
+        rooted = residuals if self.root is None else residuals * self.root
+        found = self._product(rooted.to(self.x.dtype)).double()
         if self.mean is not None:
-            found -= residuals.sum(1, keepdim=True) * self.mean
+            found -= rooted.sum(1, keepdim=True) * self.mean
+        if len(self.far):
+            found[:, self.far] = self.centred_products(residuals, self.far)
         return found / self.samples
 
     def some_correlations(self, residual: Tensor, places: Tensor) -> Tensor:
@@ -132,8 +157,9 @@ class Dense(Design):
         """RZ/n, compiled, of some columns or all. Large means are taken off each number, others off the sums."""
         if self.root is not None:
             residuals = residuals * self.root
-        found = native_columns.dots(self.x, residuals, self._runs, places, self.mean if self.far else None)
-        if self.mean is not None and not self.far:
+        far = len(self.far) > 0
+        found = native_columns.dots(self.x, residuals, self._runs, places, self.mean if far else None)
+        if self.mean is not None and not far:
             found -= residuals.sum(1, keepdim=True) * (self.mean if places is None else self.mean[places])
         return found / self.samples
 
@@ -165,13 +191,14 @@ class Dense(Design):
         return (x.T @ rows.T).T if x.stride(0) == 1 else rows @ x
 
     def fitted(self, w: Tensor) -> Tensor:
-        """WZᵀ, by one product with X; in blocks where means are far larger than deviations from them."""
-        if self.far:
-            return sum((w[:, here] @ rows for here, rows in self.blocks()), w.new_zeros(len(w), self.samples))
-        found = (w.to(self.x.dtype) @ self.x.T).double()
+        """WZᵀ, by one product with X, and from centred copies of columns with large means."""
+        near = w.index_fill(1, self.far, 0) if len(self.far) else w
+        found = (near.to(self.x.dtype) @ self.x.T).double()
         if self.mean is not None:
-            found -= (w @ self.mean).unsqueeze(1)
-        return found if self.root is None else found * self.root
+            found -= (near @ self.mean).unsqueeze(1)
+        if self.root is not None:
+            found *= self.root
+        return found + self.centred_sum(w[:, self.far], self.far) if len(self.far) else found
 
     def gram(self) -> Tensor:
         """ZᵀZ/n by one product; in blocks of rows where X must be centred, weighted or widened first."""
@@ -232,7 +259,7 @@ def inner(x: Tensor) -> Tensor:
     NumPy has one, but in what BLAS: for a processor newer than itself that may be the slowest kernel of all.
     """
     features = x.shape[1]
-    if native_gram.pays(x, x.numel() * features):
+    if native_gram.pays(len(x), features, features, x):
         return native_gram.inner(x)
     step, found = max(_NARROWEST, features // 8), x.new_empty(features, features)
     for start in range(0, features, step):
@@ -242,16 +269,34 @@ def inner(x: Tensor) -> Tensor:
     return found
 
 
+def means_and_moment(x: Tensor, root: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Column means of a matrix, and Zᵀz/n for a centred target z, in one pass over it; compiled.
+
+    Both are sums of differences from one of the samples: of a constant column nothing is left, and others lose no digit
+    to a large mean.
+
+    Args:
+        x: X of shape (n, p), of a kind that `native_columns` serves.
+        root: √V of shape (n,), or none: square roots of weights that sum to n.
+        target: z of shape (n,), weighted by √V.
+    """
+    rows = torch.stack([torch.ones_like(target), target] if root is None else [root.square(), root * target])
+    runs = weighted(root, len(x))
+    reference = x[runs[0].start].double()
+    shift, moment = native_columns.dots(x, rows, runs, means=reference) / len(x)
+    return reference + shift, moment - rows[1].mean() * shift
+
+
 def weighted_mean(x: Tensor, weights: Tensor | None) -> Tensor:
     """Column means of a matrix in float64, with weights that sum to the number of rows."""
-    if weights is None:
-        if x.dtype == torch.float64 or not len(x):
-            return x.mean(0, dtype=torch.float64)
-        total = x.new_zeros(x.shape[1], dtype=torch.float64)
-        for block in x.split(max(1, _BLOCK // max(1, x.shape[1]))):  # torch would widen all of X at once
-            total += block.double().sum(0)
-        return total / len(x)
-    return (weights.to(x.dtype) @ x).double() / x.shape[0]
+    if x.dtype == torch.float64 or not len(x):
+        return x.mean(0, dtype=torch.float64) if weights is None else weights @ x / x.shape[0]
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    step = max(1, _BLOCK // max(1, x.shape[1]))  # torch would widen all of X at once
+    for start in range(0, len(x), step):
+        block = x[start : start + step].double()
+        total += block.sum(0) if weights is None else weights[start : start + step] @ block
+    return total / len(x)
 
 
 def mean_squares(design: Design) -> Tensor:
@@ -259,8 +304,6 @@ def mean_squares(design: Design) -> Tensor:
     if not isinstance(design, Dense):
         return torch.from_numpy(design.squares)  # type: ignore[attr-defined]
     n, x = max(1, design.samples), design.x
-    if design.far:
-        return torch.cat([rows.square().sum(1) for _, rows in design.blocks()]) / n
     if design.root is None and x.dtype == torch.float64:
         squares = torch.linalg.vector_norm(x, dim=0).square() / n
     else:
@@ -268,4 +311,9 @@ def mean_squares(design: Design) -> Tensor:
         weights = x.new_ones(len(x), dtype=torch.float64) if design.root is None else design.root.square()
         parts = [weights @ x[:, i : i + step].double().square() / n for i in range(0, x.shape[1], step)]
         squares = torch.cat(parts)
-    return squares if design.mean is None else (squares - design.mean.square()).clamp(min=0)
+    if design.mean is None:
+        return squares
+    squares = (squares - design.mean.square()).clamp(min=0)
+    for here, rows in design.centred(design.far):
+        squares[design.far[here]] = rows.square_().sum(1) / n
+    return squares

@@ -16,7 +16,7 @@ from sklearn.utils.validation import _check_sample_weight, check_array, validate
 from torch import Tensor
 
 from torchreg.linear.data import native_columns
-from torchreg.linear.data.design import Dense, Design, weighted_mean
+from torchreg.linear.data.design import Dense, Design, means_and_moment, weighted_mean
 from torchreg.linear.data.sparse_design import Sparse, sparse_mean
 
 _INFINITE = "Input {} contains NaN or infinity."
@@ -63,21 +63,17 @@ class Data:
         return Dense(self.x, mean, root), mean
 
     @cached_property
-    def _sums(self) -> Tensor | None:
-        """X's column means, and XᵀVz/n for the only target z, centred, where one pass over X yields both."""
-        if not isinstance(self.x, Tensor) or len(self.y.T) > 1 or not native_columns.serves(self.x):
+    def _sums(self) -> tuple[Tensor, Tensor] | None:
+        """X's column means, and Zᵀz/n for the only target, centred, where one pass over X yields both."""
+        if not isinstance(self.x, Tensor) or self.y.shape[1] > 1 or not native_columns.serves(self.x):
             return None
         root = None if self.weights is None else self.weights.sqrt()
-        target = self.targets(True)[0][0]
-        return Dense(self.x, None, root).correlations(
-            torch.stack([torch.ones_like(target) if root is None else root, target])
-        )
+        return means_and_moment(self.x, root, self.targets(True)[0][0])
 
     def moment(self, design: Design) -> Tensor | None:
         """Zᵀz/n of the data's design Z and their only target, if it came with the means."""
-        if not isinstance(design, Dense) or design.mean is None or design.far or self._sums is None:
-            return None
-        return self._sums[1]
+        centred = isinstance(design, Dense) and design.mean is not None
+        return self._sums[1] if centred and self._sums is not None else None
 
     def targets(self, centred: bool) -> tuple[Tensor, Tensor]:
         """Targets (targets, samples), centred and weighted like the design, and their means."""

@@ -58,6 +58,7 @@ def dots(
     """
     places = torch.arange(x.shape[1], device="cpu") if places is None else places.contiguous()
     residuals, found = residuals.contiguous(), residuals.new_zeros(len(residuals), len(places))
+    means = None if means is None else means.contiguous()
     for run in runs:
         samples, part = x[run], residuals[:, run]
         products = _products(samples, places)

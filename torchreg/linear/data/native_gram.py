@@ -14,7 +14,8 @@ from torch import Tensor
 from torchreg.kernels import threads, toolchain
 from torchreg.linear.data import blas
 
-_FEWEST = 1 << 20  # products, below which torch is as fast
+_FEWEST = 1 << 20  # products, samples and columns, below which torch is as fast
+_SHORTEST, _NARROWEST = 256, 20
 _LENGTH = 1000  # samples of a block that is copied
 _STRIDE = 1008  # from one column's copy to the next: whole cache lines, and no power of two
 
@@ -29,10 +30,17 @@ def unavailable() -> str | None:
     return None
 
 
-def pays(x: Tensor, products: int) -> bool:
-    """Whether so many products of numbers of this kind are faster here than by torch."""
-    large = products >= _FEWEST and x.device.type == "cpu" and x.dtype == torch.float64
-    return large and blas.is_slow() and unavailable() is None
+def pays(samples: int, columns: int, rows: int, like: Tensor) -> bool:
+    """Whether so many rows of a Gram matrix are made faster here than by torch.
+
+    Args:
+        samples, columns: of the matrix.
+        rows: at most as many as columns.
+        like: a tensor of its dtype and device.
+    """
+    large = samples >= _SHORTEST and columns >= _NARROWEST and samples * columns * rows >= _FEWEST
+    served = like.device.type == "cpu" and like.dtype == torch.float64
+    return large and served and blas.is_slow() and unavailable() is None
 
 
 def inner(x: Tensor) -> Tensor:

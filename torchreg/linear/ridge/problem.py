@@ -57,11 +57,11 @@ class RidgeProblem:
             return self._sparse_outer(self.design), torch.empty(0, device="cpu")
         assert isinstance(self.design, Dense)
         outer = self.targets.new_zeros(self.design.samples, self.design.samples)
-        squares = []
-        for _, rows in self.design.blocks():
+        squares = self.targets.new_empty(self.design.features)
+        for here, rows in self.design.centred():
             outer += inner(rows)
-            squares.append(rows.square().sum(1))
-        return outer, torch.cat(squares)
+            torch.sum(rows.square_(), 1, out=squares[here])
+        return outer, squares
 
     def _sparse_outer(self, design: Sparse) -> Tensor:
         """ZZᵀ: XXᵀ weighted, and centred from both sides."""
@@ -91,15 +91,13 @@ class RidgeProblem:
         """WZᵀ in float64 for rows of coefficients: (m, features) -> (m, samples)."""
         if self._in_blocks is None:
             return self.design.fitted(w)
-        return sum(
-            (w[:, here] @ rows for here, rows in self._in_blocks.blocks()), w.new_zeros(len(w), self.design.samples)
-        )
+        return self._in_blocks.centred_sum(w)
 
     def pull(self, residuals: Tensor) -> Tensor:
         """RZ in float64 for rows of residuals: (m, samples) -> (m, features)."""
         if self._in_blocks is None:
             return self.design.correlations(residuals) * self.design.samples
-        return torch.cat([residuals @ rows.T for _, rows in self._in_blocks.blocks()], 1)
+        return self._in_blocks.centred_products(residuals)
 
     def matrix(self) -> Tensor | None:
         """A dense Z, (samples, features) in float64; None for a sparse one."""
