@@ -148,13 +148,15 @@ def without_duplicates(x: Any) -> Any:
     return x
 
 
-def refuse_infinite(estimator: Any, x: Any) -> None:
-    """Raise scikit-learn's error if X holds NaN or infinity."""
-    if isinstance(x, Tensor):
-        if not bool(x.isfinite().all()):
+def refuse_infinite(estimator: Any, data: Data, moment: Tensor) -> None:
+    """Raise scikit-learn's error if X holds NaN or infinity: if it does, so do its products with the targets."""
+    if bool(moment.isfinite().all()):
+        return
+    if data.home is not None and isinstance(data.x, Tensor):
+        if not bool(data.x.isfinite().all()):
             raise ValueError(_INFINITE.format("X"))
     else:
-        values = x.data if sparse.issparse(x) else x
+        values = data.x.cpu().numpy() if isinstance(data.x, Tensor) else data.x.data
         assert_all_finite(values, estimator_name=type(estimator).__name__, input_name="X")
 
 

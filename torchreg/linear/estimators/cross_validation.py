@@ -15,7 +15,7 @@ from sklearn.utils._metadata_requests import _raise_for_params
 from sklearn.utils.metadata_routing import _routing_enabled, process_routing
 from torch import Tensor
 
-from torchreg.linear.data.inputs import Data, read
+from torchreg.linear.data.inputs import Data, read, refuse_infinite
 from torchreg.linear.data.precomputed import gram_of
 from torchreg.linear.estimators.elastic_net import METHODS, PLACES, ElasticNet, Lasso, TensorPrediction
 from torchreg.linear.lasso.problem import Problem, Strength
@@ -55,10 +55,11 @@ class CrossValidated(TensorPrediction):
             ValueError: for unsuitable data, as in scikit-learn, and folds of which a part has no weight.
         """
         _raise_for_params(params, self, "fit")
-        data = read(self, X, y, sample_weight)
+        data = read(self, X, y, sample_weight, finite=False)
         data, y = self._target(data, y)
         ratios = self._ratios()
         problem = self._problem(data)
+        refuse_infinite(self, data, problem.moment)
         grids = self._grids(problem, ratios)
         folds = self._folds(data, list(self._splits(data, X, y, sample_weight, params)))
         folds.check_weights()

@@ -186,8 +186,7 @@ class ElasticNet(TensorPrediction, sklearn.linear_model.ElasticNet):
         return self
 
     def _solve(self, data: Data, problem: Problem, start: Tensor | None, gram: Tensor | bool | None) -> Solution:
-        if not bool(problem.moment.isfinite().all()):  # as are those of any column that holds NaN or infinity
-            refuse_infinite(self, data.x if data.home or not isinstance(data.x, Tensor) else data.x.cpu().numpy())
+        refuse_infinite(self, data, problem.moment)
         strength = Strength(self.alpha * self.l1_ratio, self.alpha * (1 - self.l1_ratio))
         (solution,) = solve(
             problem, [strength], limit=self.max_iter or 1000, start=start, gram=gram, method=self.solver

@@ -22,8 +22,7 @@ class GroupNorms(TensorPrediction):
     warm_start: bool
 
     def _solve(self, data: Data, problem: BlockProblem, strength: Strength, start: Tensor | None) -> BlockSolution:
-        if not bool(problem.moment.isfinite().all()):  # as are those of any column that holds NaN or infinity
-            refuse_infinite(self, data.x if data.home or not isinstance(data.x, Tensor) else data.x.cpu().numpy())
+        refuse_infinite(self, data, problem.moment)
         (solution,) = solve_blocks(problem, [strength], limit=self.max_iter or 1000, start=start)
         if not bool(solution.w.isfinite().all()):
             raise ValueError(NOT_FINITE)
