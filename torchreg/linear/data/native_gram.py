@@ -16,8 +16,10 @@ from torchreg.linear.data import blas
 
 _FEWEST = 1 << 20  # products, samples and columns, below which torch is as fast
 _SHORTEST, _NARROWEST = 256, 20
-_LENGTH = 1000  # samples of a block that is copied
-_STRIDE = 1008  # from one column's copy to the next: whole cache lines, and no power of two
+_LENGTHS = 264, 1000  # samples of a block that is copied, at least and at most
+_BLOCK = 1 << 20  # numbers in it
+_GAP = 8  # numbers between a column's copy and the next: strides are whole cache lines, and seldom a power of two
+_STRIPE = 256  # columns that are mirrored at a time
 
 
 @functools.cache
@@ -46,10 +48,12 @@ def pays(samples: int, columns: int, rows: int, like: Tensor) -> bool:
 def inner(x: Tensor) -> Tensor:
     """XᵀX, of a copy of a block of rows at a time: (n, p) -> (p, p)."""
     samples, features = x.shape
+    shortest, longest = _LENGTHS
+    length = max(shortest, min(longest, _BLOCK // features // 8 * 8))
     found = x.new_zeros(features, features)
-    room = x.new_empty(features, _STRIDE)
-    for start in range(0, samples, _LENGTH):
-        block = x[start : start + _LENGTH]
+    room = x.new_empty(features, length + _GAP)
+    for start in range(0, samples, length):
+        block = x[start : start + length]
         add(room[:, : len(block)].copy_(block.T), 0, found)
     return mirrored(found)
 
@@ -70,7 +74,12 @@ def add(rows: Tensor, first: int, found: Tensor) -> None:
 
 def mirrored(lower: Tensor) -> Tensor:
     """The symmetric matrix of which this holds the lower triangle, in place."""
-    return lower.add_(lower.tril(-1).T)
+    for start in range(0, len(lower), _STRIPE):
+        stripe = slice(start, start + _STRIPE)
+        lower[:start, stripe] = lower[stripe, :start].T
+        block = lower[stripe, stripe]
+        block.add_(block.tril(-1).T)
+    return lower
 
 
 class _Gram(ctypes.Structure):
