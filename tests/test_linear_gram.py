@@ -7,6 +7,7 @@ import pytest
 import torch
 from linear_cases import tall, wide
 
+from torchreg.kernels import toolchain
 from torchreg.linear import Lasso, LassoCV, Ridge
 from torchreg.linear.data import blas, native_gram
 
@@ -83,7 +84,7 @@ def test_estimators_are_the_same_with_it(dtype, order, offset, weighted, monkeyp
 def test_mkl_is_slow_on_other_makers_processors(vendor, slow, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t: fpu\n")
-    monkeypatch.setattr(blas, "_CPU_INFO", path)
+    monkeypatch.setattr(toolchain, "_CPU_INFO", path)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert blas.is_slow.__wrapped__() is slow
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)

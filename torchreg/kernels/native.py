@@ -34,11 +34,7 @@ class _Plan(ctypes.Structure):
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no compiled steps on this machine, or None. Builds one, once."""
-    try:
-        _library("prox_sgd")
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return None
+    return toolchain.obstacle(functools.partial(_library, "prox_sgd"))
 
 
 def run(name: str, plan: Plan) -> None:

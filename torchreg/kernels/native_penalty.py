@@ -36,11 +36,7 @@ class _Table(ctypes.Structure):
 @functools.cache
 def unavailable() -> str | None:
     """Why there is no compiled kernel on this machine, or None. Builds it, once."""
-    try:
-        _library()
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return None
+    return toolchain.obstacle(_library)
 
 
 def value(table: PenaltyTable) -> float:

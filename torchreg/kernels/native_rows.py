@@ -63,11 +63,7 @@ class Entries:
 @functools.cache
 def unavailable() -> str | None:
     """Why there is no kernel on this machine, or None. Builds it, once."""
-    try:
-        _library()
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return None
+    return toolchain.obstacle(_library)
 
 
 def takes(p: Tensor, *beside: Tensor, numbers: Iterable[Tensor] = ()) -> bool:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 SWITCH = "TORCHREG_NATIVE"
@@ -26,6 +27,8 @@ CACHE = "TORCHREG_CACHE_DIR"
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _AHEAD = ("-fprefetch-loop-arrays", "--param=prefetch-latency=1200", "--param=simultaneous-prefetches=100")
 _LONGEST_BUILD = 15.0  # seconds
+_CPU_INFO = Path("/proc/cpuinfo")
+_IDENTIFYING = ("model name", "flags", "Features", "CPU part")
 
 
 class Unavailable(Exception):
@@ -59,6 +62,16 @@ def library(name: str, source: str, streams: bool = False) -> ctypes.CDLL:
         return _build(command, flags, source, folder, stem)
     except OSError as error:
         raise Unavailable(f"the library can't be built: {error}") from None
+
+
+def obstacle(*builds: Callable[[], object]) -> str | None:
+    """Why one of these can't be built on this machine, or None. Builds them."""
+    try:
+        for build in builds:
+            build()
+    except Unavailable as reason:
+        return str(reason)
+    return None
 
 
 def compiler() -> str:
@@ -168,7 +181,7 @@ def _process_folder() -> tempfile.TemporaryDirectory[str]:
 def _key(source: str, flags: tuple[str, ...], compiler: str) -> str:
     """Changes with the source, the flags, the compiler and the processor (a home folder may serve several)."""
     state = os.stat(compiler)
-    parts = (source, flags, os.path.realpath(compiler), state.st_size, state.st_mtime_ns, _processor())
+    parts = (source, flags, os.path.realpath(compiler), state.st_size, state.st_mtime_ns, processor(*_IDENTIFYING))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -176,10 +189,10 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def _processor() -> str:
+def processor(*wanted: str) -> str:
+    """The machine, and the lines that Linux has of its processor under these names; elsewhere what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "CPU part")
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))

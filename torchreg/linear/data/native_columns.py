@@ -22,12 +22,7 @@ _TYPES = {torch.float32: "float", torch.float64: "double"}
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no compiled products on this machine, or None. Builds them, once."""
-    try:
-        for dtype in _TYPES:
-            _library(dtype)
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return None
+    return toolchain.obstacle(*(functools.partial(_library, dtype) for dtype in _TYPES))
 
 
 def serves(x: Tensor) -> bool:

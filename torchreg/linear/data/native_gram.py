@@ -25,11 +25,7 @@ _STRIPE = 256  # columns that are mirrored at a time
 @functools.cache
 def unavailable() -> str | None:
     """Why there is no compiled product on this machine, or None. Builds it, once."""
-    try:
-        _function()
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return None
+    return toolchain.obstacle(_function)
 
 
 def pays(samples: int, columns: int, rows: int, like: Tensor) -> bool:

@@ -18,11 +18,7 @@ from torchreg.linear.lasso.problem import Strength
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no compiled sweeps on this machine, or None. Builds them, once."""
-    try:
-        _function()
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return None
+    return toolchain.obstacle(_function)
 
 
 def sweep(

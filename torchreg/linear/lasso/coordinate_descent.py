@@ -33,11 +33,7 @@ _NEAR = 0.9  # of the strength: a pull from which on a column may come to matter
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no compiled sweeps on this machine, or None. Builds them, once."""
-    try:
-        _function()
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return sparse_descent.unavailable()
+    return toolchain.obstacle(_function) or sparse_descent.unavailable()
 
 
 def solve_by_coordinates(

@@ -19,12 +19,7 @@ _TYPES = {"float32": "float", "float64": "double"}
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no compiled sweeps on this machine, or None. Builds them, once."""
-    try:
-        for name in _TYPES:
-            _library(name)
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return None
+    return toolchain.obstacle(*(functools.partial(_library, name) for name in _TYPES))
 
 
 class Quadratic:

@@ -19,11 +19,7 @@ from torchreg.linear.quadratic.newton import Minimum
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no compiled steps on this machine, or None. Builds them, once."""
-    try:
-        _function()
-    except toolchain.Unavailable as reason:
-        return str(reason)
-    return None
+    return toolchain.obstacle(_function)
 
 
 def minimise_all(
