@@ -13,9 +13,9 @@ INLINE void NAME(block)(
     const int arrays)
 {
     const T largest = NAME(representable)(__builtin_inf());
-    int zeros = 0, fresh = 0, revived = 0;
+    int zeros = 0, were = 0, stay = 0;
     T sum = 0, squares = 0;
-#pragma omp simd reduction(+ : zeros, fresh, revived, sum, squares)
+#pragma omp simd reduction(+ : zeros, were, stay, sum, squares)
     for (int i = 0; i < n; i++) {
         const T old = w[i];
         T u = h.sign * g[i];
@@ -41,12 +41,12 @@ INLINE void NAME(block)(
             value = value / (1 + (metric ? h.doubled * inverse : h.doubled)) + 0; /* + 0: no -0.0 */
         w[i] = value;
         zeros += value == 0;
-        fresh += (value == 0) & (old != 0);
-        revived += (value != 0) & (old == 0);
+        were += old == 0;
+        stay += (value == 0) & (old == 0);
         sum += NAME(modulus)(value);
         squares += value * value;
     }
-    NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);
+    NAME(tally)(w, n, counts, zeros, were, stay, sum, squares);
 }
 
 struct NAME(Work) {

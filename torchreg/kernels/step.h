@@ -68,17 +68,12 @@ INLINE T NAME(modulus)(T x)
     return sizeof(T) == 4 ? (T)__builtin_fabsf((float)x) : (T)__builtin_fabs(x);
 }
 
-INLINE T NAME(with_sign)(T modulus, T x)
-{
-    return sizeof(T) == 4 ? (T)__builtin_copysignf((float)modulus, (float)x) : (T)__builtin_copysign(modulus, x);
-}
-
-/* Soft-thresholding, as a maximum that keeps NaN: processors have one for `0 > rest ? 0 : rest`. */
+/* Soft-thresholding: x without what of it lies between -threshold and threshold. NaN stays NaN, and -0.0 becomes +0.0. */
 INLINE T NAME(thresholded)(T x, T threshold)
 {
-    T rest = NAME(modulus)(x) - threshold;
-    rest = 0 > rest ? 0 : rest;
-    return NAME(with_sign)(rest, x) + 0; /* + 0: no -0.0 */
+    T inside = x > threshold ? threshold : x;
+    inside = inside < -threshold ? -threshold : inside;
+    return x - inside;
 }
 
 /* The sums of a block whose squares leave the range of T, which a sum in T would lose. */
@@ -91,11 +86,13 @@ static __attribute__((noinline)) void NAME(wide_sums)(const T *w, int n, double 
     }
 }
 
-INLINE void NAME(tally)(const T *w, int n, double *counts, int zeros, int fresh, int revived, T sum, T squares)
+/* Add to the counts of a piece. Of the block's n weights `zeros` are zero, `were` have been before the step, and `stay`
+   both: three sums of comparisons, with which those that became zero, and that woke, cost nothing more. */
+INLINE void NAME(tally)(const T *w, int n, double *counts, int zeros, int were, int stay, T sum, T squares)
 {
     counts[COUNT_zeros] += zeros;
-    counts[COUNT_new] += fresh;
-    counts[COUNT_revived] += revived;
+    counts[COUNT_new] += zeros - stay;
+    counts[COUNT_revived] += were - stay;
     if (sum > 0 && !(squares > (T)1e-30 && squares < (T)1e38)) {
         NAME(wide_sums)(w, n, counts);
         return;
@@ -133,19 +130,19 @@ static T NAME(left)(double exact_norm, T threshold, T divisor)
 /* Write y·ratio, and count. */
 static void NAME(scaled)(T *restrict w, const T *restrict y, T ratio, int n, double *counts)
 {
-    int zeros = 0, fresh = 0, revived = 0;
+    int zeros = 0, were = 0, stay = 0;
     T sum = 0, squares = 0;
-#pragma omp simd reduction(+ : zeros, fresh, revived, sum, squares)
+#pragma omp simd reduction(+ : zeros, were, stay, sum, squares)
     for (int i = 0; i < n; i++) {
         const T old = w[i], value = y[i] * ratio + 0; /* + 0: no -0.0 */
         w[i] = value;
         zeros += value == 0;
-        fresh += (value == 0) & (old != 0);
-        revived += (value != 0) & (old == 0);
+        were += old == 0;
+        stay += (value == 0) & (old == 0);
         sum += NAME(modulus)(value);
         squares += value * value;
     }
-    NAME(tally)(w, n, counts, zeros, fresh, revived, sum, squares);
+    NAME(tally)(w, n, counts, zeros, were, stay, sum, squares);
 }
 
 /* Of a kernel: y becomes where n elements have moved to, soft-thresholded, before groups are shrunk. The optimizer's
