@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from torchreg.kernels import threads, toolchain
@@ -39,20 +39,25 @@ def unavailable() -> str | None:
 
 def run(name: str, plan: Plan) -> None:
     """One step of every tensor of the plan, by the kernel of this name (as in `Update`)."""
-    count = plan.pieces.shape[1]
-    if not count:
+    if not plan.pieces.shape[1]:
         return
-    function = getattr(_library(name), f"{name}_{str(plan.dtype).removeprefix('torch.')}")
-    plan.hypers = np.ascontiguousarray(plan.hypers)
-    view = _Plan(
-        plan.table.ctypes.data,
-        plan.table.shape[1],
-        plan.pieces.ctypes.data,
-        count,
-        plan.hypers.ctypes.data,
-        plan.counts.data_ptr(),
+    if plan.view is None:
+        plan.view = _view(plan)
+    threads.run(_function(name, plan.dtype), plan.view, plan.pieces)
+
+
+def _view(plan: Plan) -> Any:
+    arrays = plan.table, plan.pieces, plan.hypers
+    assert all(array.flags.c_contiguous for array in arrays)
+    table, pieces, hypers = (array.ctypes.data for array in arrays)
+    return ctypes.byref(
+        _Plan(table, plan.table.shape[1], pieces, plan.pieces.shape[1], hypers, plan.counts.data_ptr())
     )
-    threads.run(function, ctypes.byref(view), plan.pieces)
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_library(name), f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def _library(name: str) -> ctypes.CDLL:

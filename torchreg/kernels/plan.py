@@ -45,6 +45,7 @@ class Plan:
         late: columns of the table some of whose entries are tensors on a device, by name.
         uploads: a device's copies of these arrays, by name, each with the array that it is a copy of.
         captured: host memory that a captured graph copies from.
+        view: what a compiled kernel is given of these arrays, which stay in their places until they are laid out anew.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Plan:
         self.late: dict[str, list[int | Tensor]] = {}
         self.uploads: dict[str, tuple[Any, Tensor]] = {}
         self.captured: list[Tensor] = []
+        self.view: Any = None
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
         self._contiguous = False
+        self._filled: set[str] = set()
         self._owners: Tensor | None = None
         self._rooms: dict[tuple[int, str], Tensor] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -78,40 +81,46 @@ class Plan:
             same: whether the parameters and their memory are those of the last update.
         """
         self._copies, self.traced, self.late = [], [], {}
-        params = self.params if same else [p for tensors, _ in parts for p in tensors.params]
-        n = len(params)
-        table = self.table.copy() if same else np.zeros((len(COLUMNS), n), dtype=np.int64)
-        table[COLUMNS.index("l1")] = table[COLUMNS.index("l2")] = 0
-        quick = same and self._contiguous
-        self._contiguous = True
-        self.hypers = np.zeros((len(parts), self.hypers.shape[1]))
+        if not same:
+            self._lay_out(parts)
+        for name in self._filled:
+            self.table[COLUMNS.index(name)] = 0
+        quick, self._contiguous, self._filled = same and self._contiguous, True, set()
         columns: dict[str, list[Any]] = {}
         start = 0
         for row, (tensors, step) in enumerate(parts):
             here = slice(start, start + len(tensors.params))
-            if not (quick and self._quick_addresses(table[:, here], tensors)):
-                self._addresses(table[:, here], tensors)
+            table = self.table[:, here]
+            if not (quick and self._quick_addresses(table, tensors)):
+                self._addresses(table, tensors)
             self._hyperparameters(row, step)
-            self._strength_addresses(table[:, here], tensors.params, step)
-            table[COLUMNS.index("group"), here] = row
-            if not same:
-                table[COLUMNS.index("run"), here] = [run(p, step.penalty) or 0 for p in tensors.params]
+            self._strength_addresses(table, tensors.params, step)
             for name, values in {"seed": tensors.seeds, **step.columns(tensors)}.items():
                 if values:
-                    columns.setdefault(name, [0] * n)[here] = values
+                    columns.setdefault(name, [0] * len(self.params))[here] = values
             start = here.stop
-        for name in ("seed", "first", "step"):
-            values = columns.get(name, [])
+        for name, values in columns.items():
+            self._filled.add(name)
             if any(isinstance(value, Tensor) for value in values):
                 self.late[name] = values
-            elif name == "seed" and values:
-                table[COLUMNS.index(name)] = np.array(values, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
+            elif name == "seed":
+                self.table[COLUMNS.index(name)] = np.array(values, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
             else:
-                table[COLUMNS.index(name)] = values or 0
+                self.table[COLUMNS.index(name)] = values
+
+    def _lay_out(self, parts: Sequence[Part]) -> None:
+        """Begin a table. The pieces, and what was counted of them, stay where they are those of the last one."""
+        params = [p for tensors, _ in parts for p in tensors.params]
+        table = np.zeros((len(COLUMNS), len(params)), dtype=np.int64)
+        table[COLUMNS.index("size")] = [p.numel() for p in params]
+        table[COLUMNS.index("group")] = [row for row, (tensors, _) in enumerate(parts) for _ in tensors.params]
+        table[COLUMNS.index("run")] = [run(p, step.penalty) or 0 for tensors, step in parts for p in tensors.params]
         shapes = [COLUMNS.index(name) for name in ("size", "run")]
-        if not same and not (_identical(self.params, params) and np.array_equal(table[shapes], self.table[shapes])):
+        if not (_identical(self.params, params) and np.array_equal(table[shapes], self.table[shapes])):
             self._cut(*table[shapes])
-        self.params, self.table = params, table
+        self.params, self.table, self._filled = params, table, set()
+        self.hypers = np.zeros((len(parts), self.hypers.shape[1]))
+        self.view = None
 
     def owners(self) -> Tensor:
         """The tensor of each piece, on the device."""
@@ -132,11 +141,11 @@ class Plan:
 
     def _quick_addresses(self, table: Any, tensors: Tensors) -> bool:
         """Only the gradients and buffers may have moved. Whether that is so, and all of them are contiguous."""
-        together, rows = [], {}
-        for row, entries in ((1, tensors.grads), *((COLUMNS.index(n), b) for n, b in tensors.buffers().items())):
-            addresses = list(map(Tensor.data_ptr, entries)) or [0] * len(tensors.params)
-            if row == 1 or addresses != table[row].tolist():
-                together += entries
+        together, rows = tensors.grads, {COLUMNS.index("g"): list(map(Tensor.data_ptr, tensors.grads))}
+        for name, entries in tensors.buffers().items():
+            row, addresses = COLUMNS.index(name), list(map(Tensor.data_ptr, entries)) or [0] * len(tensors.params)
+            if addresses != table[row].tolist():
+                together = [*together, *entries]
                 rows[row] = addresses
         if any(map(Tensor.is_neg, together)) or not all(map(Tensor.is_contiguous, together)):
             return False
@@ -165,7 +174,6 @@ class Plan:
         for name in COLUMNS[2:ADDRESSES]:
             if name not in buffers:
                 table[COLUMNS.index(name)] = 0
-        table[COLUMNS.index("size")] = [p.numel() for p in tensors.params]
 
     def _copied(self, p: Tensor, role: str, original: Tensor, like: Tensor | None = None) -> Tensor:
         original = original.detach()
@@ -183,15 +191,19 @@ class Plan:
         return room
 
     def _hyperparameters(self, row: int, step: SGDStep | AdamStep) -> None:
-        for column, value in enumerate(step.hypers(strengths(step.penalty))):
-            if not isinstance(value, Tensor):
-                self.hypers[row, column] = value
-            elif value.ndim and value.numel() != 1:
-                self.hypers[row, column] = 1.0  # strengths of each coordinate, which the table points to
-            elif "cpu" in (value.device.type, self.device.type):
-                self.hypers[row, column] = float(value)
-            else:
-                self.traced.append((row, column, value.detach().reshape(())))
+        self.hypers[row] = [
+            self._known(row, column, value) if isinstance(value, Tensor) else value
+            for column, value in enumerate(step.hypers(strengths(step.penalty)))
+        ]
+
+    def _known(self, row: int, column: int, value: Tensor) -> float:
+        """What the host knows of a hyperparameter that is a tensor."""
+        if value.ndim and value.numel() != 1:
+            return 1.0  # strengths of each coordinate, which the table points to
+        if "cpu" in (value.device.type, self.device.type):
+            return float(value)
+        self.traced.append((row, column, value.detach().reshape(())))
+        return 0.0
 
     def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep | AdamStep) -> None:
         """Strengths of each coordinate, laid out like the weight; kept while they and the weight stay the same."""
@@ -210,6 +222,7 @@ class Plan:
                     laid_out = torch.empty_like(arithmetic(like)).copy_(strength.expand(p.shape))
                     self._strengths[key] = strength, version, layout, laid_out
                 table[COLUMNS.index(name), i] = laid_out.data_ptr()
+            self._filled.add(name)
 
 
 def _identical(a: list[Tensor], b: list[Tensor]) -> bool:

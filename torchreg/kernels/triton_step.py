@@ -117,5 +117,5 @@ def _uploaded(plan: Plan, name: str) -> Tensor:
             if torch.cuda.is_current_stream_capturing():
                 plan.captured.append(host)  # the graph reads it again at every replay
         tensor = host.to(plan.device, non_blocking=True)
-        plan.uploads[name] = array, tensor
+        plan.uploads[name] = array.copy(), tensor
     return tensor
