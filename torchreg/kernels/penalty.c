@@ -29,6 +29,7 @@ typedef struct {
     double factor;
     double *partials; /* per piece, of the value */
     int64_t streams;  /* whether the results are too large to be found in the cache again */
+    int64_t fetches;  /* whether gradients are asked for ahead: not where the processor does so better by itself */
 } Table;
 
 /* Ask the second-level cache for what comes later: the processor's own prefetching ends at the page. */
@@ -116,14 +117,15 @@ static inline __attribute__((always_inline)) void NAME(block)(
 }
 
 static inline __attribute__((always_inline)) void NAME(blocks)(
-    T *restrict out, const T *w, const T *g, int64_t n, T l1, T doubled_l2, T factor, int streams, const int absolute,
-    const int squared, const enum Sum sum)
+    T *restrict out, const T *w, const T *g, int64_t n, T l1, T doubled_l2, T factor, int streams, int fetches,
+    const int absolute, const int squared, const enum Sum sum)
 {
     T buffer[BLOCK] __attribute__((aligned(LINE)));
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
-        fetch(w + i, BLOCK * sizeof(T));
-        if (sum != ALONE)
+        if (fetches)
+            fetch(w + i, BLOCK * sizeof(T));
+        if (fetches && sum != ALONE)
             fetch((sum == BESIDE ? g : out) + i, BLOCK * sizeof(T));
         const T *gi = sum == BESIDE ? g + i : 0;
         if (sum != INTO && streams) {
@@ -140,9 +142,10 @@ static inline __attribute__((always_inline)) void NAME(blocks)(
 }
 
 static void NAME(piece_gradient)(
-    T *out, const T *w, const T *g, int64_t n, T l1, T doubled_l2, T factor, int streams)
+    T *out, const T *w, const T *g, int64_t n, T l1, T doubled_l2, T factor, int streams, int fetches)
 {
-#define BLOCKS(absolute, squared, sum) NAME(blocks)(out, w, g, n, l1, doubled_l2, factor, streams, absolute, squared, sum)
+#define BLOCKS(absolute, squared, sum) \
+    NAME(blocks)(out, w, g, n, l1, doubled_l2, factor, streams, fetches, absolute, squared, sum)
 #define SUMS(sum) \
     if (l1 != 0 && doubled_l2 != 0) \
         BLOCKS(1, 1, sum); \
@@ -187,7 +190,7 @@ void NAME(gradient)(const Table *table, int64_t from, int64_t to)
         const int streams = table->streams && (intptr_t)out % 16 == 0;
         NAME(piece_gradient)(
             out, w, g, NAME(length)(table, i), (T)table->l1[tensor], (T)(2 * table->l2[tensor]), (T)table->factor,
-            streams);
+            streams, table->fetches != 0);
     }
 }
 

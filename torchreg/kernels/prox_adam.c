@@ -12,7 +12,6 @@ INLINE void NAME(block)(
     const NAME(Numbers) h, double *counts, const int amsgrad, const int decay, const int divide, const int metric,
     const int arrays)
 {
-    const T largest = NAME(representable)(__builtin_inf());
     int zeros = 0, were = 0, stay = 0;
     T sum = 0, squares = 0;
 #pragma omp simd reduction(+ : zeros, were, stay, sum, squares)
@@ -32,9 +31,8 @@ INLINE void NAME(block)(
         const T inverse = 1 / (NAME(square_root)(largest_second) * h.root + h.eps);
         const T moved = old * h.keep - h.lr * (first * inverse);
         const T step = metric ? h.prox_step * inverse : h.prox_step;
-        T threshold = arrays && l1 ? step * l1[i] : metric ? h.threshold * inverse : h.threshold;
-        threshold = largest < threshold ? largest : threshold;
-        T value = NAME(thresholded)(moved, threshold);
+        const T threshold = arrays && l1 ? step * l1[i] : metric ? h.threshold * inverse : h.threshold;
+        T value = NAME(thresholded)(moved, NAME(finite)(threshold));
         if (arrays && l2)
             value = value / (1 + 2 * step * l2[i]) + 0;
         else if (divide)
@@ -61,7 +59,6 @@ INLINE T NAME(descent)(
     const T *restrict w, const T *restrict g, T *restrict m, T *restrict v, T *restrict x, T *restrict y,
     T *restrict a, int n, const NAME(Numbers) h, const int amsgrad, const int metric, const int again)
 {
-    const T largest = NAME(representable)(__builtin_inf());
     T squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int i = 0; i < n; i++) {
@@ -75,13 +72,11 @@ INLINE T NAME(descent)(
         }
         const T inverse = 1 / (NAME(square_root)(amsgrad ? x[i] : v[i]) * h.root + h.eps);
         const T moved = old * h.keep - h.lr * (m[i] * inverse);
-        T threshold = metric ? h.threshold * inverse : h.threshold;
-        threshold = threshold > largest ? largest : threshold;
-        y[i] = NAME(thresholded)(moved, threshold);
+        y[i] = NAME(thresholded)(moved, NAME(finite)(metric ? h.threshold * inverse : h.threshold));
         if (metric) {
             const T divided = 1 / (1 + h.doubled * inverse), pull = h.norm * inverse * divided;
             y[i] *= divided;
-            a[i] = pull < largest ? pull : largest;
+            a[i] = NAME(finite)(pull);
         }
         squares += y[i] * y[i];
     }
