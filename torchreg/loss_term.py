@@ -29,33 +29,30 @@ class PenaltyTerm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         """The gradients of the weights; None where it has been added."""
         weights = ctx.saved_tensors  # raises if one has been changed
-        nodes = (node for node, _ in ctx.next_functions[-len(weights) :])
-        into = [_accumulated(w, node) for w, node in zip(weights, nodes, strict=True)]
+        nodes = [node for node, _ in ctx.next_functions[-len(weights) :]]
+        recorded = torch.is_grad_enabled() or torch.is_anomaly_enabled()
+        into = [None if recorded else _accumulated(w, node) for w, node in zip(weights, nodes, strict=True)]
         return None, None, *ctx.sum.gradients(weights, grad_output * ctx.scale, into)
 
 
 def _accumulated(w: Tensor, node: Any) -> Tensor | None:
     """The ``w.grad`` that autograd is about to add to in place, where only it would see what is added; else None.
 
-    Others would if gradients were returned (`torch.autograd.grad`) or recorded, if hooks were called with them or NaN
-    was looked for in them, or if what is there is part of another term, whose backward pass is still to come.
+    Others would if gradients were returned (`torch.autograd.grad`), if hooks were called with them, or if what is there
+    is part of another term, whose backward pass is still to come. (That they are recorded, or that NaN is looked for in
+    them, has been asked before.)
     """
     if w.device.type != "cpu" or not w.is_leaf or w._backward_hooks or w._post_accumulate_grad_hooks:
         return None
     if type(grad := w.grad) is not Tensor or grad.layout is not torch.strided or grad.requires_grad:
         return None
-    if torch.is_grad_enabled() or torch.is_anomaly_enabled() or _is_shared(grad):
+    users: int = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
+    if users > 2 or grad._use_count() > 2:  # type: ignore[attr-defined]  # the weight, and the object in Python
         return None
     try:
         return grad if torch._C._will_engine_execute_node(node) else None
     except RuntimeError:  # gradients are returned
         return None
-
-
-def _is_shared(grad: Tensor) -> bool:
-    """Whether anything but the weight and Python holds a gradient or its memory."""
-    users: int = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # the object in Python is one of them
-    return users > 2 or grad._use_count() > 2  # type: ignore[attr-defined]
 
 
 class ShardedPenaltyTerm(torch.autograd.Function):

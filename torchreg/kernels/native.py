@@ -50,9 +50,7 @@ def _view(plan: Plan) -> Any:
     arrays = plan.table, plan.pieces, plan.hypers
     assert all(array.flags.c_contiguous for array in arrays)
     table, pieces, hypers = (array.ctypes.data for array in arrays)
-    return ctypes.byref(
-        _Plan(table, plan.table.shape[1], pieces, plan.pieces.shape[1], hypers, plan.counts.data_ptr())
-    )
+    return ctypes.byref(_Plan(table, plan.table.shape[1], pieces, plan.pieces.shape[1], hypers, plan.counts.data_ptr()))
 
 
 @functools.cache

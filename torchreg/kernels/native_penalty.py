@@ -56,7 +56,7 @@ def gradient(table: PenaltyTable, factor: float) -> None:
 
 @functools.cache
 def _fetches() -> bool:
-    """Whether it pays to ask for what is read some pages ahead: an AMD processor of 2024 is a quarter slower with it."""
+    """Whether it pays to ask for what is read pages ahead: an AMD processor of 2024 is a quarter slower with it."""
     return "AuthenticAMD" not in toolchain.processor("vendor_id")
 
 

@@ -6,6 +6,7 @@ after tensor, are the specification and do all the rest. The choice between them
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from torchreg.penalties.tiles import is_dense
 Numbers = tuple[float, float]
 """The strengths (l1, l2) of a penalty that kernels know."""
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 Fused = dict[tuple[torch.device, torch.dtype], list[int]]
 """For each device and dtype, the positions of the weights that one pass takes."""
@@ -75,7 +76,9 @@ class PenaltySum:
         }
         changed: list[Tensor] = []
         for chosen, table in zip(self._fused.values(), self._tables, strict=True):
-            sums = {i: t for i in chosen if (t := into[i]) is not None and _is_like(t, weights[i])}
+            sums = {i: t for i in chosen if (t := into[i]) is not None}
+            like = _are_like(list(sums.values()), [weights[i] for i in sums])
+            sums = dict(itertools.compress(sums.items(), like))
             outs = [sums[i] if i in sums else torch.empty_like(weights[i]) for i in chosen]
             _write(table.writing([sums.get(i) for i in chosen], outs), factor)
             results.update((i, None if i in sums else out) for i, out in zip(chosen, outs, strict=True))
@@ -146,8 +149,9 @@ def _arranged(
         return {}, list(range(len(weights)))
     kinds: Fused = {}
     alone = []
+    usable = _are_like(grads, weights) if grads else _are_plain(weights)
     for i, w in enumerate(weights):
-        if numbers[i] is not None and _is_plain(w) and (not grads or _is_like(grads[i], w)):
+        if usable[i] and numbers[i] is not None:
             kinds.setdefault((w.device, w.dtype), []).append(i)
         else:
             alone.append(i)
@@ -173,8 +177,25 @@ def _recorded(values: Sequence[object]) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
+def _are_plain(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which a kernel could read: plain dense tensors that have their memory (sharded training gives it back)."""
+    if _are_contiguous(tensors):
+        return [True] * len(tensors)
+    return list(map(_is_plain, tensors))
+
+
+def _are_contiguous(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are plain, and contiguous: asked of all together, that takes half the time."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and all(t.layout is torch.strided for t in tensors)
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+        and all(map(Tensor.data_ptr, tensors))
+    )
+
+
 def _is_plain(w: Tensor) -> bool:
-    """Whether a kernel could read it: a plain dense tensor that has its memory (sharded training gives it back)."""
     return (
         type(w) in _PLAIN
         and w.layout is torch.strided
@@ -184,8 +205,15 @@ def _is_plain(w: Tensor) -> bool:
     )
 
 
+def _are_like(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> list[bool]:
+    """Which gradients lie in memory as their weights do, which a kernel can read both."""
+    pairs = list(zip(grads, weights, strict=True))
+    if _are_contiguous(grads) and _are_contiguous(weights):
+        return [g.shape == w.shape and g.dtype == w.dtype and g.device == w.device for g, w in pairs]
+    return [_is_plain(w) and _is_like(g, w) for g, w in pairs]
+
+
 def _is_like(grad: Tensor, w: Tensor) -> bool:
-    """Whether a gradient lies in memory as its weight does."""
     return (
         _is_plain(grad)
         and grad.dtype == w.dtype
