@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any, ClassVar
 
@@ -36,6 +37,12 @@ class TensorPrediction:
 
     coef_: Any
     intercept_: Any
+
+    @classmethod
+    @functools.cache
+    def _get_param_names(cls) -> Any:
+        """The signature's names; scikit-learn reads it in every fit, which takes longer than a small one."""
+        return super()._get_param_names()  # type: ignore[misc]
 
     def predict(self, X: Any) -> Any:
         """Xw + intercept: a tensor for a model that was fitted on tensors, else a NumPy array.

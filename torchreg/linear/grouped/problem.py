@@ -57,4 +57,4 @@ class BlockProblem(Problem):
             pull.reshape(1, -1),
         )
         active = self.forces(pull - strength.l2 * w).unsqueeze(0)
-        return float(duality_gaps(fit, active, [strength], self.design.samples, False)[0])
+        return duality_gaps(fit, active, [strength], self.design.samples, False)[0]

@@ -92,7 +92,7 @@ class _State(ABC):
         numbers = r @ r / n, r @ self.problem.target / n, np.abs(w).sum(), w @ w, [slope]
         fit = Fit(*(r.new_tensor([a]) for a in numbers))
         forces = r.new_tensor([[largest]])  # the largest is all that counts, and of the slopes their norm
-        return float(duality_gaps(fit, forces, [strength], n, self.problem.positive)[0])
+        return duality_gaps(fit, forces, [strength], n, self.problem.positive)[0]
 
     def descend(self, strength: Strength, threshold: float, limit: int) -> tuple[float, int]:
         """Sweep to the target. The gap, and the sweeps."""

@@ -52,8 +52,10 @@ class Normal:
     def gaps(self, w: Tensor, strengths: list[Strength], fit: Fit | None = None) -> list[float]:
         """The duality gaps of rows w."""
         fit = self.fit(w) if fit is None else fit
-        l2 = w.new_tensor([s.l2 for s in strengths]).unsqueeze(1)
-        return duality_gaps(fit, fit.pull - l2 * w, strengths, self.samples, self.positive).tolist()
+        active = fit.pull
+        if any(s.l2 for s in strengths):
+            active = active - w.new_tensor([s.l2 for s in strengths]).unsqueeze(1) * w
+        return duality_gaps(fit, active, strengths, self.samples, self.positive)
 
 
 def solve_on_gram(

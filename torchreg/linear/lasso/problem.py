@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,7 +78,7 @@ class Fit:
     """Zᵀ(z − Zw)/n, of shape (m, features)."""
 
 
-def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: int, positive: bool) -> Tensor:
+def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: int, positive: bool) -> list[float]:
     """How far each w is from the smallest objective, at most: primal minus dual value at the scaled residual.
 
     With r = z − Zw, A = Zᵀr/n − l2·w and s = min(1, l1/max|A|) (max A for `positive`) the dual value is
@@ -91,22 +93,40 @@ def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: i
         positive: whether w ≥ 0 is asked for.
 
     Returns:
-        shape (m,), and never below the rounding of the primal value: less can't be certified.
+        m numbers, never below the rounding of the primal value: less can't be certified. NaN where something overflowed.
 
     Source: Fercoq, Gramfort and Salmon, Mind the duality gap, ICML 2015; Dünner et al., Primal-dual rates and
     certificates, ICML 2016.
     """
-    l1 = fit.residual.new_tensor([s.l1 for s in strengths])
-    l2 = fit.residual.new_tensor([s.l2 for s in strengths])
-    force = active.clamp(min=0) if positive else active.abs()
-    largest = force.amax(1) if force.shape[1] else torch.zeros_like(l1)
-    energy = fit.residual + l2 * fit.square
-    scale = l1 / torch.maximum(largest, l1).clamp(min=_TINY)
-    primal = 0.5 * energy + l1 * fit.absolute
-    gaps = primal - (scale * fit.agreement - 0.5 * scale.square() * energy)
-    if not all(s.l1 for s in strengths):
-        pull = fit.pull.clamp(min=0) if positive else fit.pull
-        slope = pull.square().sum(1)
-        ridge = energy - 0.5 * l2 * fit.square - fit.agreement + 0.5 * slope / torch.where(l2 > 0, l2, 1)
-        gaps = torch.where(l1 > 0, gaps, torch.where(l2 > 0, ridge, samples * slope))
-    return torch.maximum(gaps, torch.finfo(primal.dtype).eps * primal)
+
+    def largest(pull: Tensor) -> Tensor:
+        pull = pull.clamp(min=0) if positive else pull.abs()
+        return pull.amax(1) if pull.shape[1] else fit.residual.new_zeros(len(pull))
+
+    norms = [] if all(s.l1 for s in strengths) else [(fit.pull.clamp(min=0) if positive else fit.pull).norm(dim=1)]
+    numbers = torch.stack([fit.residual, fit.agreement, fit.absolute, fit.square, largest(active), *norms], 1).tolist()
+    return [_gap(s, samples, *row) for s, row in zip(strengths, numbers, strict=True)]
+
+
+def _gap(
+    strength: Strength,
+    samples: int,
+    residual: float,
+    agreement: float,
+    absolute: float,
+    square: float,
+    largest: float,
+    norm: float = math.nan,
+) -> float:
+    """One of `duality_gaps`, from the entries of `Fit`, max|A| and ‖Zᵀr/n‖."""
+    l1, l2 = strength.l1, strength.l2
+    energy = residual + l2 * square
+    primal = 0.5 * energy + l1 * absolute
+    if l1:
+        scale = l1 / max(largest, l1, _TINY)
+        gap = primal - (scale * agreement - 0.5 * scale * scale * energy)
+    elif l2:
+        gap = energy - 0.5 * l2 * square - agreement + 0.5 * norm * norm / l2
+    else:
+        gap = samples * norm * norm
+    return max(gap, sys.float_info.epsilon * primal)

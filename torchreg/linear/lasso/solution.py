@@ -33,7 +33,10 @@ class Solution:
 def errors(w: Tensor, pull: Tensor, strength: Strength) -> Tensor:
     """By how much the optimality conditions are violated on the support of w."""
     support = torch.nonzero(w).squeeze(1)
-    here, there = w[support], pull[support]
+    return _errors(w[support], pull[support], strength)
+
+
+def _errors(here: Tensor, there: Tensor, strength: Strength) -> Tensor:
     signed = there - strength.l1 * torch.sign(here)
     return signed.sub_(here, alpha=strength.l2) if strength.l2 else signed
 
@@ -45,14 +48,14 @@ def refined(gram: Tensor, w: Tensor, pull: Tensor, strength: Strength, positive:
         The refined coefficients, or None where there is nothing to gain, or the signs would change; and the largest
         error of w.
     """
-    error = errors(w, pull, strength)
-    if not len(error):
+    support = torch.nonzero(w).squeeze(1)
+    if not len(support):
         return None, 0.0
+    here = w[support]
+    error = _errors(here, pull[support], strength)
     worst = float(error.abs().max())
     if not worst > ACCURATE * float(pull.abs().max()):
         return None, worst
-    support = torch.nonzero(w).squeeze(1)
-    here = w[support]
     matrix = gram[support.unsqueeze(1), support]
     matrix.diagonal().add_(strength.l2)
     factor, stuck = factorise(matrix)

@@ -191,8 +191,10 @@ class Check:
     def gaps(self) -> list[float]:
         """The duality gap of each."""
         problem, n = self.working.problem, max(1, self.working.problem.design.samples)
-        l2 = self._l1.new_tensor([s.l2 for s in self.strengths]).unsqueeze(1)
-        active = self.pull.index_add(1, self.working.index, -l2 * self.w)
+        active = self.pull
+        if any(s.l2 for s in self.strengths):
+            l2 = self._l1.new_tensor([s.l2 for s in self.strengths]).unsqueeze(1)
+            active = active.index_add(1, self.working.index, -l2 * self.w)
         fit = Fit(
             self.residuals.square().sum(1) / n,
             self.residuals @ problem.target / n,
@@ -200,7 +202,7 @@ class Check:
             self.w.square().sum(1),
             self.pull,
         )
-        return duality_gaps(fit, active, self.strengths, n, problem.positive).tolist()
+        return duality_gaps(fit, active, self.strengths, n, problem.positive)
 
 
 class _Course:
