@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from torchreg.kernels import native_penalty, selection, triton_penalty
+from torchreg.kernels import native_penalty, pages, selection, triton_penalty
 from torchreg.kernels.penalty_table import PenaltyTable
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import arithmetic, host_scalar
@@ -79,7 +79,7 @@ class PenaltySum:
             sums = {i: t for i in chosen if (t := into[i]) is not None}
             like = _are_like(list(sums.values()), [weights[i] for i in sums])
             sums = dict(itertools.compress(sums.items(), like))
-            outs = [sums[i] if i in sums else torch.empty_like(weights[i]) for i in chosen]
+            outs = [sums[i] if i in sums else pages.advised(torch.empty_like(weights[i])) for i in chosen]
             _write(table.writing([sums.get(i) for i in chosen], outs), factor)
             results.update((i, None if i in sums else out) for i, out in zip(chosen, outs, strict=True))
             changed += sums.values()
@@ -108,7 +108,7 @@ def added_gradients(
     results = {i: _gradient(penalties[i], weights[i], factor).add_(grads[i]).to(grads[i].dtype) for i in alone}
     for chosen in fused.values():
         table = PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
-        outs = [torch.empty_like(weights[i]) for i in chosen]
+        outs = [pages.advised(torch.empty_like(weights[i])) for i in chosen]
         _write(table.writing([grads[i] for i in chosen], outs), factor)
         results.update(zip(chosen, outs, strict=True))
     return [results[i] for i in range(len(weights))]

@@ -93,7 +93,7 @@ def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: i
         positive: whether w ≥ 0 is asked for.
 
     Returns:
-        m numbers, never below the rounding of the primal value: less can't be certified. NaN where something overflowed.
+        m numbers, never below the rounding of the primal value: less can't be certified. NaN where sums overflowed.
 
     Source: Fercoq, Gramfort and Salmon, Mind the duality gap, ICML 2015; Dünner et al., Primal-dual rates and
     certificates, ICML 2016.
