@@ -251,6 +251,8 @@ def test_copies_are_fused_and_independent(make):
     (a,), (b,) = (o.param_groups[0]["params"] for o in (opt, twin))
     assert identical(snapshot([a]), snapshot([b]))
     assert (fused(opt), fused(twin)) == ({id(a)}, {id(b)})
+    counts = make(opt.step_counts())
+    assert identical(counts.take_counts(), opt.step_counts().take_counts())
 
 
 @needs_kernel

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchreg import L1, L2, ElasticNet, GroupLasso, ProxSGD, SparseGroupLasso
+from torchreg import L1, L2, ElasticNet, GroupLasso, ProxAdamW, ProxSGD, SparseGroupLasso
 from torchreg.groups import Blocks, Heads
 from torchreg.kernels import SGD, FusedSteps, SGDStep, SGDTensors, native, proximal_step, reference
 
@@ -293,6 +293,25 @@ def test_nan_and_infinity_stay_where_they_are():
         for hyper in HYPERPARAMETERS.values():
             step = SGDStep(**{**vars(STEP), "penalty": penalty, **hyper})
             assert_agrees([values, values.clone()], step, grads=[finite, torch.zeros(5)], momentum=[torch.ones(5)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("cls", "metric"), [(ProxSGD, {}), (ProxAdamW, {}), (ProxAdamW, {"metric": "identity"})], ids=str
+)
+def test_a_strength_that_becomes_nan_zeroes_no_weight_in_silence(cls, metric):
+    """The constructor has checked it; who writes into the tensor later has not."""
+    results = []
+    for form in ({"fused": True}, {"fused": False, "foreach": False}):
+        strength = torch.full((5,), 0.1)
+        w = nn.Parameter(torch.tensor([1.0, -1.0, torch.inf, 0.0, 1.0]))
+        opt = cls([w], lr=0.1, penalty=L1(strength), **metric, **form)
+        strength[:4] = torch.nan
+        w.grad = torch.full((5,), 0.5)
+        opt.step()
+        results.append(w.detach())
+    ours, theirs = results
+    assert ours[:4].isnan().all()
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 def pair(groups, **kwargs):

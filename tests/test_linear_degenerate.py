@@ -208,6 +208,26 @@ def test_unsuitable_weights_are_refused(weights: list[float]) -> None:
             Lasso(0.1).fit(*given)
 
 
+@pytest.mark.parametrize("solver", ["auto", "cd", "fista"])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+@pytest.mark.parametrize("estimator", [Lasso, ElasticNet])
+def test_strengths_of_numpys_narrow_types_are_certified_as_floats(estimator: Any, kind: Any, solver: str) -> None:
+    x, y = wide()
+    given, exact = (estimator(alpha, solver=solver).fit(x, y) for alpha in (kind(0.05), float(kind(0.05))))
+    assert given.dual_gap_ == exact.dual_gap_
+    np.testing.assert_array_equal(given.coef_, exact.coef_)
+
+
+@pytest.mark.filterwarnings("ignore:With alpha=0")
+def test_a_certificate_that_overflowed_certifies_nothing() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((30, 5)) * 1e-160
+    y = x @ np.array([1e160, 0, -2e160, 0, 0.5e160]) + 0.1 * rng.standard_normal(30)
+    with pytest.warns(ConvergenceWarning):
+        model = ElasticNet(alpha=0.0).fit(x, y)
+    assert np.isnan(model.dual_gap_)
+
+
 def test_too_few_steps_are_said() -> None:
     x, y = tall()
     with pytest.warns(ConvergenceWarning, match="Objective did not converge"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils.estimator_checks import check_estimator
 
 from torchreg.linear import (
@@ -56,6 +56,18 @@ def test_check_estimator(estimator: Any) -> None:
     assert {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"} == {}
     assert sum(r["status"] == "passed" for r in results) >= 50
     assert isinstance(estimator, BaseEstimator)
+
+
+def test_names_of_parameters_are_those_of_each_class() -> None:
+    class Mine(Lasso):
+        def __init__(self, alpha: float = 1.0, mine: int = 2) -> None:
+            super().__init__(alpha)
+            self.mine = mine
+
+    Lasso._get_param_names().clear()
+    assert set(Lasso().get_params()) >= {"alpha", "solver", "tol"}
+    assert Mine().get_params() == {"alpha": 1.0, "mine": 2}
+    assert clone(Mine(mine=3)).mine == 3
 
 
 def test_a_part_of_scikit_learns_own_tests() -> None:

@@ -211,6 +211,21 @@ def test_numbers_that_live_on_the_device_are_read_there():
     assert_equal(ours, theirs)
 
 
+def test_a_number_that_no_longer_lives_on_the_device_is_sent():
+    """Of one that does the host knows nothing, and that must not look like what it becomes, be it zero."""
+    tensors, column = given(torch.float32, False), SGDStep.HYPERS.index("prox_step")
+    plan = Plan(DEVICE, torch.float32, triton_step.PIECE_SIZE)
+    plan.update([(tensors, a_step(L1(0.3), lr=0.0, prox_step=0.2))])
+    elsewhere = torch.empty((), device="meta")
+    plan.hypers[0, column] = Plan(torch.device("meta"), torch.float32, 1)._known(0, column, elsewhere)
+    plan.traced.append((0, column, torch.tensor(0.2, device=DEVICE)))
+    triton_step.run("prox_sgd", plan)
+    before = [p.clone() for p in tensors.params]
+    launch([(tensors, a_step(L1(0.3), lr=0.0, prox_step=0.0))], plan)
+    for p, w in zip(tensors.params, before, strict=True):
+        torch.testing.assert_close(p, w, equal_nan=True)
+
+
 GROUPED = {
     "GroupLasso": GroupLasso(0.3),
     "GroupLasso of a 0-d tensor": GroupLasso(torch.tensor(0.3), group_weight="none"),

@@ -39,8 +39,8 @@ def _accumulated(w: Tensor, node: Any) -> Tensor | None:
     """The ``w.grad`` that autograd is about to add to in place, where only it would see what is added; else None.
 
     Others would if gradients were returned (`torch.autograd.grad`), if hooks were called with them, or if what is there
-    is part of another term, whose backward pass is still to come. (That they are recorded, or that NaN is looked for in
-    them, has been asked before.)
+    is part of another term, whose backward pass is still to come. The caller has asked whether they are recorded, or
+    looked at for NaN.
     """
     if w.device.type != "cpu" or not w.is_leaf or w._backward_hooks or w._post_accumulate_grad_hooks:
         return None

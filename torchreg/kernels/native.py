@@ -43,7 +43,8 @@ def run(name: str, plan: Plan) -> None:
         return
     if plan.view is None:
         plan.view = _view(plan)
-    threads.run(_function(name, plan.dtype), plan.view, plan.pieces)
+    function = getattr(_library(name), f"{name}_{str(plan.dtype).removeprefix('torch.')}")
+    threads.run(function, plan.view, plan.pieces)
 
 
 def _view(plan: Plan) -> Any:
@@ -51,11 +52,6 @@ def _view(plan: Plan) -> Any:
     assert all(array.flags.c_contiguous for array in arrays)
     table, pieces, hypers = (array.ctypes.data for array in arrays)
     return ctypes.byref(_Plan(table, plan.table.shape[1], pieces, plan.pieces.shape[1], hypers, plan.counts.data_ptr()))
-
-
-@functools.cache
-def _function(name: str, dtype: torch.dtype) -> Any:
-    return getattr(_library(name), f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def _library(name: str) -> ctypes.CDLL:

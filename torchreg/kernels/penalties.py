@@ -196,6 +196,7 @@ def _are_contiguous(tensors: Sequence[Tensor]) -> bool:
 
 
 def _is_plain(w: Tensor) -> bool:
+    """One of `_are_plain`; what is asked here, `_are_contiguous` asks too."""
     return (
         type(w) in _PLAIN
         and w.layout is torch.strided

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +44,7 @@ class Plan:
         counts: float64, a row per piece, a column for each of `COUNTS`.
         traced: hyperparameters that are tensors on a device, as (row, column, tensor): the host does not read them.
         late: columns of the table some of whose entries are tensors on a device, by name.
-        uploads: a device's copies of these arrays, by name, each with the array that it is a copy of.
+        uploads: a device's copies of these arrays, by name, each with what it was copied from.
         captured: host memory that a captured graph copies from.
         view: what a compiled kernel is given of these arrays, which stay in their places until they are laid out anew.
     """
@@ -68,7 +69,7 @@ class Plan:
         self.view: Any = None
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
         self._contiguous = False
-        self._filled: set[str] = set()
+        self._filled: set[str] = set()  # columns that hold something only for this step
         self._owners: Tensor | None = None
         self._rooms: dict[tuple[int, str], Tensor] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -78,7 +79,7 @@ class Plan:
 
         Args:
             parts: the tensors of each param group that are of this plan's device and dtype.
-            same: whether the parameters and their memory are those of the last update.
+            same: whether the parameters and their memory are those of the last update, which then must have succeeded.
         """
         self._copies, self.traced, self.late = [], [], {}
         if not same:
@@ -122,6 +123,10 @@ class Plan:
         self.hypers = np.zeros((len(parts), self.hypers.shape[1]))
         self.view = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has arrays of its own, which the view is not of."""
+        return self.__dict__ | {"view": None}
+
     def owners(self) -> Tensor:
         """The tensor of each piece, on the device."""
         if self._owners is None:
@@ -143,7 +148,8 @@ class Plan:
         """Only the gradients and buffers may have moved. Whether that is so, and all of them are contiguous."""
         together, rows = tensors.grads, {COLUMNS.index("g"): list(map(Tensor.data_ptr, tensors.grads))}
         for name, entries in tensors.buffers().items():
-            row, addresses = COLUMNS.index(name), list(map(Tensor.data_ptr, entries)) or [0] * len(tensors.params)
+            row = COLUMNS.index(name)
+            addresses = list(map(Tensor.data_ptr, entries)) or [0] * len(tensors.params)
             if addresses != table[row].tolist():
                 together = [*together, *entries]
                 rows[row] = addresses
@@ -203,7 +209,7 @@ class Plan:
         if "cpu" in (value.device.type, self.device.type):
             return float(value)
         self.traced.append((row, column, value.detach().reshape(())))
-        return 0.0
+        return math.nan
 
     def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep | AdamStep) -> None:
         """Strengths of each coordinate, laid out like the weight; kept while they and the weight stay the same."""

@@ -59,6 +59,7 @@ INLINE T NAME(descent)(
     const T *restrict w, const T *restrict g, T *restrict m, T *restrict v, T *restrict x, T *restrict y,
     T *restrict a, int n, const NAME(Numbers) h, const int amsgrad, const int metric, const int again)
 {
+    const T largest = NAME(representable)(__builtin_inf());
     T squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int i = 0; i < n; i++) {
@@ -76,7 +77,7 @@ INLINE T NAME(descent)(
         if (metric) {
             const T divided = 1 / (1 + h.doubled * inverse), pull = h.norm * inverse * divided;
             y[i] *= divided;
-            a[i] = NAME(finite)(pull);
+            a[i] = pull < largest ? pull : largest;
         }
         squares += y[i] * y[i];
     }

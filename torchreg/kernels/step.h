@@ -72,24 +72,25 @@ INLINE T NAME(modulus)(T x)
     return sizeof(T) == 4 ? (T)__builtin_fabsf((float)x) : (T)__builtin_fabs(x);
 }
 
-/* A number that is not negative, or the largest there is in place of infinity and NaN. As such numbers are in the order of
-   their bits, it is a minimum of integers: compilers make a dozen instructions of comparisons one after the other. */
+/* The largest number there is in place of infinity, whose bits are the next integer; NaN stays NaN. By integers, because
+   of this comparison and those of a threshold in a row compilers make a dozen instructions. */
 INLINE T NAME(finite)(T x)
 {
-    const T largest = NAME(representable)(__builtin_inf());
-    BITS bits, most;
+    const T infinity = (T)__builtin_inf();
+    BITS bits, beyond;
     __builtin_memcpy(&bits, &x, sizeof(T));
-    __builtin_memcpy(&most, &largest, sizeof(T));
-    bits = bits < most ? bits : most;
+    __builtin_memcpy(&beyond, &infinity, sizeof(T));
+    bits -= bits == beyond;
     __builtin_memcpy(&x, &bits, sizeof(T));
     return x;
 }
 
-/* Soft-thresholding: x without what of it lies between -threshold and threshold. NaN stays NaN, and -0.0 becomes +0.0. */
+/* Soft-thresholding: x without what of it lies between -threshold and threshold. NaN stays NaN, be it in x or in the
+   threshold, and -0.0 becomes +0.0. */
 INLINE T NAME(thresholded)(T x, T threshold)
 {
-    T inside = x > threshold ? threshold : x;
-    inside = inside < -threshold ? -threshold : inside;
+    T inside = x <= threshold ? x : threshold;
+    inside = inside >= -threshold ? inside : -threshold;
     return x - inside;
 }
 
@@ -103,8 +104,8 @@ static __attribute__((noinline)) void NAME(wide_sums)(const T *w, int n, double 
     }
 }
 
-/* Add to the counts of a piece. Of the block's n weights `zeros` are zero, `were` have been before the step, and `stay`
-   both: three sums of comparisons, with which those that became zero, and that woke, cost nothing more. */
+/* Add to the counts of a piece. Of the block's n weights `zeros` are zero, `were` have been before the step, and `stay` are
+   both: new ones are those of the zeros that don't stay, and of those that were the others are revived. */
 INLINE void NAME(tally)(const T *w, int n, double *counts, int zeros, int were, int stay, T sum, T squares)
 {
     counts[COUNT_zeros] += zeros;

@@ -110,12 +110,13 @@ def _uploaded(plan: Plan, name: str) -> Tensor:
     """A host array of the plan on its device: the copy of an earlier step where nothing has changed since."""
     array: Any = getattr(plan, name)
     known, tensor = plan.uploads.get(name, (None, None))
-    if known is None or tensor is None or not np.array_equal(known, array):
-        host = torch.from_numpy(np.array(array))
+    if known is None or tensor is None or not np.array_equal(known, array, equal_nan=True):  # NaN: in a tensor
+        known = array.copy()
+        host = torch.from_numpy(array.copy())  # another copy: what is late or traced is written to it on the CPU
         if plan.device.type == "cuda":
             host = host.pin_memory()  # kept while it is read: pinned memory is recycled after the copy, not before
             if torch.cuda.is_current_stream_capturing():
                 plan.captured.append(host)  # the graph reads it again at every replay
         tensor = host.to(plan.device, non_blocking=True)
-        plan.uploads[name] = array.copy(), tensor
+        plan.uploads[name] = known, tensor
     return tensor

@@ -65,7 +65,7 @@ class CrossValidated(TensorPrediction):
         folds.check_weights()
         errors = []
         for ratio, grid in zip(ratios, grids, strict=True):
-            strengths = [Strength(float(a) * ratio, float(a) * (1 - ratio)) for a in grid]
+            strengths = [Strength.of(a, ratio) for a in grid]
             errors.append(folds.errors(strengths, self.max_iter, self.tol))
         table = np.stack(errors)  # (ratios, folds, alphas)
         self.mse_path_ = np.squeeze(np.moveaxis(table, 2, 1))

@@ -123,7 +123,7 @@ class GroupLasso(GroupNorms, MultiOutputMixin, RegressorMixin, LinearModel):
             self._solve(
                 data,
                 BlockProblem(design, z, blocks=blocks),
-                Strength(self.alpha),
+                Strength.of(self.alpha),
                 None if start is None else start[i : i + 1],
             )
             for i, z in enumerate(targets.split(1))

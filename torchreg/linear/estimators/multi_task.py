@@ -105,7 +105,7 @@ class MultiTaskElasticNet(GroupNorms, sklearn.linear_model.MultiTaskElasticNet):
 
     def fit_problem(self, data: Data, problem: BlockProblem) -> MultiTaskElasticNet:
         """`fit` for data that have been read."""
-        strength = Strength(self.alpha * self.l1_ratio, self.alpha * (1 - self.l1_ratio))
+        strength = Strength.of(self.alpha, self.l1_ratio)
         solution = self._solve(data, problem, strength, self._start(data))
         self.coef_ = data.result(solution.w)
         self.intercept_ = 0.0

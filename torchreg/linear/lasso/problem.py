@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ NOT_FINITE = (
     "and need to be preprocessed."
 )
 """Scikit-learn's own words, whatever the solver."""
-_TINY = 1e-300  # instead of a division by zero
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,12 @@ class Strength:
 
     l1: float
     l2: float = 0.0
+
+    @classmethod
+    def of(cls, alpha: Any, l1_ratio: Any = 1.0) -> Strength:
+        """Scikit-learn's parameters, which may be NumPy's numbers of less precision than a float."""
+        alpha, ratio = float(alpha), float(l1_ratio)
+        return cls(alpha * ratio, alpha * (1 - ratio))
 
 
 @dataclass(frozen=True)
@@ -99,12 +104,12 @@ def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: i
     certificates, ICML 2016.
     """
 
-    def largest(pull: Tensor) -> Tensor:
-        pull = pull.clamp(min=0) if positive else pull.abs()
-        return pull.amax(1) if pull.shape[1] else fit.residual.new_zeros(len(pull))
-
-    norms = [] if all(s.l1 for s in strengths) else [(fit.pull.clamp(min=0) if positive else fit.pull).norm(dim=1)]
-    numbers = torch.stack([fit.residual, fit.agreement, fit.absolute, fit.square, largest(active), *norms], 1).tolist()
+    force = active.clamp(min=0) if positive else active.abs()
+    largest = force.amax(1) if force.shape[1] else torch.zeros_like(fit.residual)
+    norm = largest  # which is not asked for where there is L1
+    if not all(s.l1 for s in strengths):
+        norm = (fit.pull.clamp(min=0) if positive else fit.pull).norm(dim=1)
+    numbers = torch.stack([fit.residual, fit.agreement, fit.absolute, fit.square, largest, norm], 1).tolist()
     return [_gap(s, samples, *row) for s, row in zip(strengths, numbers, strict=True)]
 
 
@@ -116,17 +121,18 @@ def _gap(
     absolute: float,
     square: float,
     largest: float,
-    norm: float = math.nan,
+    norm: float,
 ) -> float:
     """One of `duality_gaps`, from the entries of `Fit`, max|A| and ‖Zᵀr/n‖."""
     l1, l2 = strength.l1, strength.l2
     energy = residual + l2 * square
     primal = 0.5 * energy + l1 * absolute
     if l1:
-        scale = l1 / max(largest, l1, _TINY)
+        scale = l1 / max(largest, l1)
         gap = primal - (scale * agreement - 0.5 * scale * scale * energy)
     elif l2:
         gap = energy - 0.5 * l2 * square - agreement + 0.5 * norm * norm / l2
     else:
         gap = samples * norm * norm
-    return max(gap, sys.float_info.epsilon * primal)
+    rounding = sys.float_info.epsilon * primal
+    return rounding if not gap >= rounding and gap == gap else gap

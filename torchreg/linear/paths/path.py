@@ -196,7 +196,7 @@ def enet_path(
     counted = isinstance(chosen, numbers.Integral)
     strengths = alpha_grid(problem, l1_ratio, eps, int(chosen)) if counted else _falling(chosen)
     start = None if coef_init is None else torch.as_tensor(coef_init, dtype=torch.float64, device=data.y.device)
-    pairs = [Strength(float(a) * l1_ratio, float(a) * (1 - l1_ratio)) for a in strengths]
+    pairs = [Strength.of(a, l1_ratio) for a in strengths]
     limit, method = params.get("max_iter", 1000), _method(params.get("solver", "auto"))
     found: Any
     if isinstance(problem, BlockProblem):
