@@ -38,9 +38,7 @@ INLINE void NAME(block)(
         else if (divide)
             value = value / (1 + (metric ? h.doubled * inverse : h.doubled)) + 0; /* + 0: no -0.0 */
         w[i] = value;
-        zeros += value == 0;
-        were += old == 0;
-        stay += (value == 0) & (old == 0);
+        COUNT(value, old)
         sum += NAME(modulus)(value);
         squares += value * value;
     }

@@ -19,6 +19,14 @@ typedef struct {
     double *counts;
 } Plan;
 
+/* For `tally`. Compilers make an addition under a mask of each. */
+#define COUNT(value, old) \
+    if (value == 0) \
+        zeros++; \
+    if (old == 0) \
+        were++; \
+    if ((value == 0) & (old == 0)) \
+        stay++;
 #define INLINE static inline __attribute__((always_inline))
 /* Of the tensor whose column of the table is `column`, from its element `start` on: what is there, or a null pointer. */
 #define AT(name) column[COLUMN_##name * plan->tensors]
@@ -86,11 +94,11 @@ INLINE T NAME(finite)(T x)
 }
 
 /* Soft-thresholding: x without what of it lies between -threshold and threshold. NaN stays NaN, be it in x or in the
-   threshold, and -0.0 becomes +0.0. */
+   threshold, and -0.0 becomes +0.0. Processors have a minimum and a maximum that are just these comparisons. */
 INLINE T NAME(thresholded)(T x, T threshold)
 {
-    T inside = x <= threshold ? x : threshold;
-    inside = inside >= -threshold ? inside : -threshold;
+    T inside = x < threshold ? x : threshold;
+    inside = inside > -threshold ? inside : -threshold;
     return x - inside;
 }
 
@@ -154,9 +162,7 @@ static void NAME(scaled)(T *restrict w, const T *restrict y, T ratio, int n, dou
     for (int i = 0; i < n; i++) {
         const T old = w[i], value = y[i] * ratio + 0; /* + 0: no -0.0 */
         w[i] = value;
-        zeros += value == 0;
-        were += old == 0;
-        stay += (value == 0) & (old == 0);
+        COUNT(value, old)
         sum += NAME(modulus)(value);
         squares += value * value;
     }
