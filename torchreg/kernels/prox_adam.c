@@ -38,7 +38,7 @@ INLINE void NAME(block)(
         else if (divide)
             value = value / (1 + (metric ? h.doubled * inverse : h.doubled)) + 0; /* + 0: no -0.0 */
         w[i] = value;
-        COUNT(value, old)
+        NOTE_ZEROS(value, old)
         sum += NAME(modulus)(value);
         squares += value * value;
     }

@@ -33,7 +33,7 @@ INLINE void NAME(block)(
         else if (divide)
             value = value * h.factor + 0; /* + 0: no -0.0 */
         w[i] = value;
-        COUNT(value, old)
+        NOTE_ZEROS(value, old)
         sum += NAME(modulus)(value);
         squares += value * value;
     }

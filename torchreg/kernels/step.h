@@ -19,8 +19,8 @@ typedef struct {
     double *counts;
 } Plan;
 
-/* For `tally`. Compilers make an addition under a mask of each. */
-#define COUNT(value, old) \
+/* What `tally` is told of one weight. Compilers make an addition under a mask of each. */
+#define NOTE_ZEROS(value, old) \
     if (value == 0) \
         zeros++; \
     if (old == 0) \
@@ -162,7 +162,7 @@ static void NAME(scaled)(T *restrict w, const T *restrict y, T ratio, int n, dou
     for (int i = 0; i < n; i++) {
         const T old = w[i], value = y[i] * ratio + 0; /* + 0: no -0.0 */
         w[i] = value;
-        COUNT(value, old)
+        NOTE_ZEROS(value, old)
         sum += NAME(modulus)(value);
         squares += value * value;
     }

@@ -135,4 +135,4 @@ def _gap(
     else:
         gap = samples * norm * norm
     rounding = sys.float_info.epsilon * primal
-    return rounding if not gap >= rounding and gap == gap else gap
+    return gap if gap >= rounding or gap != gap else rounding
