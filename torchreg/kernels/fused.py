@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels import native, triton_step
-from torchreg.kernels.plan import COUNTS, Part, Plan
+from torchreg.kernels.plan import COUNTS, Part, Plan, identical
 from torchreg.kernels.problem import Tensors, Update
-from torchreg.kernels.selection import Arrangement, Chosen, Wish, identical
+from torchreg.kernels.selection import Arrangement, Chosen, Wish
 
 
 class FusedSteps:

@@ -57,7 +57,7 @@ def gradient(table: PenaltyTable, factor: float) -> None:
 @functools.cache
 def _fetches() -> bool:
     """Whether gradients are sooner there if asked for ahead: an AMD processor of 2024 takes a quarter longer then."""
-    return "AuthenticAMD" not in toolchain.processor("vendor_id")
+    return not toolchain.is_amd()
 
 
 def _run(name: str, table: PenaltyTable, pieces: Any, **fields: float) -> None:

@@ -117,7 +117,7 @@ class Plan:
         table[COLUMNS.index("group")] = [row for row, (tensors, _) in enumerate(parts) for _ in tensors.params]
         table[COLUMNS.index("run")] = [run(p, step.penalty) or 0 for tensors, step in parts for p in tensors.params]
         shapes = [COLUMNS.index(name) for name in ("size", "run")]
-        if not (_identical(self.params, params) and np.array_equal(table[shapes], self.table[shapes])):
+        if not (identical(self.params, params) and np.array_equal(table[shapes], self.table[shapes])):
             self._cut(*table[shapes])
         self.params, self.table, self._filled = params, table, set()
         self.hypers = np.zeros((len(parts), self.hypers.shape[1]))
@@ -231,5 +231,6 @@ class Plan:
             self._filled.add(name)
 
 
-def _identical(a: list[Tensor], b: list[Tensor]) -> bool:
+def identical(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two lists hold the same tensors."""
     return len(a) == len(b) and all(map(operator.is_, a, b))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.kernels import fused_form, native, triton_step
-from torchreg.kernels.plan import Part
+from torchreg.kernels.plan import Part, identical
 from torchreg.kernels.problem import AdamStep, SGDStep
 from torchreg.penalties import Penalty
 
@@ -137,11 +136,6 @@ def _memory(params: list[Tensor]) -> tuple[list[Any], ...]:
         list(map(Tensor.is_contiguous, params)),
         [p.dtype for p in params],
     )
-
-
-def identical(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether two lists hold the same tensors."""
-    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _leave_repetitions(parts: Sequence[Part], positions: list[list[int]]) -> None:

@@ -27,6 +27,7 @@ typedef struct {
         were++; \
     if ((value == 0) & (old == 0)) \
         stay++;
+
 #define INLINE static inline __attribute__((always_inline))
 /* Of the tensor whose column of the table is `column`, from its element `start` on: what is there, or a null pointer. */
 #define AT(name) column[COLUMN_##name * plan->tensors]

@@ -26,9 +26,6 @@ def run(function: Any, argument: Any, pieces: Any) -> None:
         pieces: the tensor, the first element and the number of elements of every piece, three rows.
     """
     cuts = _cuts(pieces)
-    if len(cuts) == 2:
-        function(argument, ctypes.c_int64(cuts[0]), ctypes.c_int64(cuts[1]))
-        return
     calls = [(argument, ctypes.c_int64(a), ctypes.c_int64(b)) for a, b in itertools.pairwise(cuts)]
     waiting = [_pool(os.getpid(), len(calls)).submit(function, *call) for call in calls[1:]]
     function(*calls[0])

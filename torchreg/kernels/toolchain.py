@@ -189,6 +189,11 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
+def is_amd() -> bool:
+    """Whether the processor is one of AMD's, as far as Linux tells."""
+    return "AuthenticAMD" in processor("vendor_id")
+
+
 def processor(*wanted: str) -> str:
     """The machine, and the lines that Linux has of its processor under these names; elsewhere what Python knows."""
     try:

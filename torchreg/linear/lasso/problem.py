@@ -103,7 +103,6 @@ def duality_gaps(fit: Fit, active: Tensor, strengths: list[Strength], samples: i
     Source: Fercoq, Gramfort and Salmon, Mind the duality gap, ICML 2015; Dünner et al., Primal-dual rates and
     certificates, ICML 2016.
     """
-
     force = active.clamp(min=0) if positive else active.abs()
     largest = force.amax(1) if force.shape[1] else torch.zeros_like(fit.residual)
     norm = largest  # which is not asked for where there is L1
