@@ -699,3 +699,41 @@ def test_a_subclass_with_its_own_prox_is_taken_at_its_word(form, size):
     assert (p == 0.5).all()
     with pytest.raises(RuntimeError, match="HalfShrunk"):
         ProxSGD([p], lr=0.1, penalty=_HalfShrunk(0.1), fused=True)
+
+
+ALTERATIONS = {
+    "lr": ({}, lambda group: group.update(lr=0.03)),
+    "lr in place": ({"lr": torch.tensor(0.1)}, lambda group: group["lr"].mul_(0.3)),
+    "scale": ({}, lambda group: group.update(strength_scale=0.2)),
+    "scale in place": ({"strength_scale": torch.tensor(1.0)}, lambda group: group["strength_scale"].mul_(0.3)),
+    "penalty": ({}, lambda group: group.update(penalty=L1(0.1))),
+    "strength in place": ({"penalty": ElasticNet(torch.tensor(0.3), 0.2)}, lambda group: group["penalty"].l1.mul_(0.3)),
+    "weight decay": ({}, lambda group: group.update(weight_decay=0.4)),
+    "direction": ({}, lambda group: group.update(maximize=not group["maximize"])),
+    "betas in place": ({"betas": [0.9, 0.99]}, lambda group: group["betas"].__setitem__(0, 0.3)),
+}
+
+
+@optimizers
+@forms
+@pytest.mark.parametrize(("given", "alter"), ALTERATIONS.values(), ids=ALTERATIONS)
+def test_what_is_altered_between_steps_acts_at_once(case, form, given, alter):
+    params = parameters()
+    if not given.keys() <= case(params).defaults.keys() or (
+        given and form.get("foreach") and not case.tensor_lr_foreach
+    ):
+        pytest.skip("this optimizer has no such hyperparameter")
+    opt = case(params, **{**case.usual, "penalty": ElasticNet(0.3, 0.2), **form, **copy.deepcopy(given)})
+    set_gradients(params, 0)
+    opt.step()
+    opt.step()
+    as_before = copy.deepcopy(opt)
+    alter(opt.param_groups[0])
+    fresh = copy.deepcopy(opt)  # knows nothing of the steps before
+    copies = [other.param_groups[0]["params"] for other in (fresh, as_before)]
+    for some in (params, *copies):
+        set_gradients(some, 1)
+    for other in (opt, fresh, as_before):
+        other.step()
+    assert identical(snapshot(params), snapshot(copies[0]))
+    assert not identical(snapshot(params), snapshot(copies[1]))

@@ -69,6 +69,7 @@ class Plan:
         self.view: Any = None
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
         self._contiguous = False
+        self._told: list[SGDStep | AdamStep | None] = []  # the step whose numbers are in each row of hypers
         self._filled: set[str] = set()  # columns that hold something only for this step
         self._owners: Tensor | None = None
         self._rooms: dict[tuple[int, str], Tensor] = {}
@@ -94,8 +95,9 @@ class Plan:
             table = self.table[:, here]
             if not (quick and self._quick_addresses(table, tensors)):
                 self._addresses(table, tensors)
-            self._hyperparameters(row, step)
-            self._strength_addresses(table, tensors.params, step)
+            if self._told[row] is not step:
+                self._hyperparameters(row, step)
+                self._strength_addresses(table, tensors.params, step)
             for name, values in {"seed": tensors.seeds, **step.columns(tensors)}.items():
                 if values:
                     columns.setdefault(name, [0] * len(self.params))[here] = values
@@ -120,7 +122,7 @@ class Plan:
         if not (identical(self.params, params) and np.array_equal(table[shapes], self.table[shapes])):
             self._cut(*table[shapes])
         self.params, self.table, self._filled = params, table, set()
-        self.hypers = np.zeros((len(parts), self.hypers.shape[1]))
+        self.hypers, self._told = np.zeros((len(parts), self.hypers.shape[1])), [None] * len(parts)
         self.view = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -197,9 +199,12 @@ class Plan:
         return room
 
     def _hyperparameters(self, row: int, step: SGDStep | AdamStep) -> None:
+        values = step.hypers(strengths(step.penalty))
+        is_fixed = not any(isinstance(value, Tensor) for value in values)
+        self._told[row] = step if is_fixed else None
         self.hypers[row] = [
             self._known(row, column, value) if isinstance(value, Tensor) else value
-            for column, value in enumerate(step.hypers(strengths(step.penalty)))
+            for column, value in enumerate(values)
         ]
 
     def _known(self, row: int, column: int, value: Tensor) -> float:

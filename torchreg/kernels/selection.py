@@ -101,7 +101,7 @@ class Arrangement:
             rest = sorted(set(range(len(tensors.params))) - set(chosen))
             if rest:
                 self.alone.append((i, None if not chosen else rest))
-        self._signatures = [_signature(step, wish) for (_, step), wish in zip(parts, wishes, strict=True)]
+        self._wishes, self._steps = list(wishes), [step for _, step in parts]
         self._params = [tensors.params for tensors, _ in parts]
         self._fused = [tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen]
         self._memory = _memory(self._fused)
@@ -112,14 +112,20 @@ class Arrangement:
         return (
             len(parts) == len(self._params)
             and all(map(identical, self._params, (tensors.params for tensors, _ in parts)))
-            and self._signatures == [_signature(step, wish) for (_, step), wish in zip(parts, wishes, strict=True)]
+            and self._wishes == wishes
+            and all(_are_alike(step, known) for (_, step), known in zip(parts, self._steps, strict=True))
             and self._memory == _memory(self._fused)
             and self._shapes == _shapes(parts)
         )
 
 
-def _signature(step: SGDStep | AdamStep, wish: Wish) -> tuple[object, ...]:
-    return type(step.penalty), getattr(step.penalty, "groups", None), step.is_uniform, step.differentiable, *wish
+def _are_alike(a: SGDStep | AdamStep, b: SGDStep | AdamStep) -> bool:
+    """Whether the same parameters can take both steps."""
+    return a is b or _signature(a) == _signature(b)
+
+
+def _signature(step: SGDStep | AdamStep) -> tuple[object, ...]:
+    return type(step.penalty), getattr(step.penalty, "groups", None), step.is_uniform, step.differentiable
 
 
 def _shapes(parts: Sequence[Part]) -> list[Any]:

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-enum { BLOCK = 1024, CHUNK = 4096, FEW = 32 };
+enum { BLOCK = 2048, CHUNK = 4096, FEW = 32 };
 
 typedef struct {
     const int64_t *table;  /* COLUMNS rows of `tensors` entries */

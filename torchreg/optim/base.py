@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -61,15 +62,16 @@ class ProximalOptimizer(SettlingOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._fused = kernels.FusedSteps(self._update)
+        self._known_steps: dict[int, tuple[list[Any], Any]] = {}
         self._prox_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._preview_hooks: OrderedDict[int, tuple[Hook, Sampler]] = OrderedDict()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `PenalizedOptimizer`; what is prepared for fused steps, and the hooks, are no part of the state."""
-        own = ("_fused", "_prox_pre_hooks", "_preview_hooks")
+        own = ("_fused", "_known_steps", "_prox_pre_hooks", "_preview_hooks")
         super().__setstate__({key: value for key, value in state.items() if key not in own})
-        self._fused = kernels.FusedSteps(self._update)
+        self._fused, self._known_steps = kernels.FusedSteps(self._update), {}
         if "_prox_pre_hooks" not in self.__dict__:
             self._prox_pre_hooks, self._preview_hooks = OrderedDict(), OrderedDict()
 
@@ -119,7 +121,7 @@ class ProximalOptimizer(SettlingOptimizer):
         on_device = found_inf is not None and self._step_supports_amp_scaling and not self._needs_host()
         if found_inf is not None and not on_device and bool(found_inf):
             return
-        steps = [self._hyperparameters(group) for group in self.param_groups]  # may raise: before any change
+        steps = [self._group_step(i, group) for i, group in enumerate(self.param_groups)]  # may raise, before changes
         origins = [tensors.params for tensors in gradients]
         spread = {i for i, params in enumerate(origins) if any_sharded(params)}
         for i, step in enumerate(steps):
@@ -165,6 +167,17 @@ class ProximalOptimizer(SettlingOptimizer):
         self._take_row_steps(tables, grad_scale)
         for i in spread:
             torch.autograd.graph.increment_version(origins[i])
+
+    def _group_step(self, index: int, group: dict[str, Any]) -> Any:
+        """As `_hyperparameters`: the step that it gave last time, as long as the group holds the very same values."""
+        values = list(map(group.get, self.defaults))
+        known, step = self._known_steps.get(index, ((), None))
+        if step is not None and all(map(operator.is_, values, known)):
+            return step
+        step = self._hyperparameters(group)
+        if all(map(_is_fixed, values)) and not torch.compiler.is_compiling():
+            self._known_steps[index] = values, step
+        return step
 
     def _tables(self, group: dict[str, Any], index: int, step: Any) -> list[RowStep]:
         """The parameters of a group that are stepped row by row; see `SettlingOptimizer`."""
@@ -286,6 +299,15 @@ def usable_penalty(group: Mapping[str, Any]) -> Any:
             for p in group["params"]:
                 penalty.check_shape(p.shape)
     return penalty
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a hyperparameter stays what it is as long as it is the same object."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    if is_shrinkage(value):
+        return not any(isinstance(strength, Tensor) for strength in value.strengths().values())
+    return value is None or isinstance(value, (int, float, str))
 
 
 def _of_each_kind(params: list[Tensor]) -> Iterable[Tensor]:
