@@ -30,7 +30,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("slow", [True, False], ids=["slow BLAS", "fast BLAS"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
-@pytest.mark.parametrize("weights", ["no", "all", "a fold's"])
+@pytest.mark.parametrize("weights", ["no", "all", "a fold's", "a fold's, alike"])
 @pytest.mark.parametrize("offset", [None, 0.0, 3.0, 1e4], ids=str)
 @pytest.mark.parametrize("order", ["rows", "columns", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -55,7 +55,9 @@ def test_products_are_those_of_centred_and_weighted_columns(
     x = (torch.randn(2 * N, 2 * P, generator=generator, dtype=torch.float64) + (offset or 0)).to(dtype)
     x = {"rows": x[:N, :P].contiguous(), "columns": x[:N, :P].T.contiguous().T, "strided": x[::2, ::2]}[order]
     v = None if weights == "no" else torch.rand(N, generator=generator, dtype=torch.float64)
-    if v is not None and weights == "a fold's":
+    if v is not None and "alike" in weights:
+        v.fill_(1)
+    if v is not None and "fold" in weights:
         v[100:170] = 0
     v = None if v is None else v * (N / v.sum())
     mean = None if offset is None else weighted_mean(x.double(), v)

@@ -49,6 +49,15 @@ def test_some_rows_are_added_up_to_the_diagonal(count: int, first: int, threads:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
 
 
+def test_rows_in_some_places_are_those_alone() -> None:
+    rows = matrix(530, 90, "columns").T
+    places = torch.tensor([3, 89, 3, 0, *range(17, 51)])
+    found = torch.zeros(30, len(places), dtype=torch.float64)
+    native_gram.add(rows, len(places) - 30, found, places)
+    some = rows[places]
+    torch.testing.assert_close(found, (some[-30:] @ some.T).tril(len(places) - 30), rtol=1e-12, atol=1e-10)
+
+
 def test_what_is_not_finite_stays_so() -> None:
     x = matrix(600, 9, "columns").clone()
     x[3, 2], x[599, 5] = torch.nan, torch.inf

@@ -6,7 +6,7 @@ typedef struct {
     const VALUE *x;
     int64_t stride; /* from one column to the next */
     int64_t samples;
-    const int64_t *places; /* of the columns */
+    const int64_t *places; /* of the columns; none: these are all */
     int64_t count;         /* of places */
     const double *residuals;
     int64_t rows, total; /* of them, and from one to the next */
@@ -15,8 +15,9 @@ typedef struct {
 } Products;
 
 #define INLINE static inline __attribute__((always_inline))
-#define COLUMN(j) (p->x + p->places[j] * p->stride)
-#define MEAN(j) p->means[p->places[j]]
+#define PLACE(j) (p->places ? p->places[j] : (j))
+#define COLUMN(j) (p->x + PLACE(j) * p->stride)
+#define MEAN(j) p->means[PLACE(j)]
 
 enum { CHUNK = 2048, AHEAD = 8, LINE = 64 / sizeof(VALUE) };
 
@@ -33,6 +34,19 @@ INLINE void with_two(const VALUE *const x[4], const double m[4], const double *r
     }
     found[0] += ar, found[1] += br, found[2] += cr, found[3] += dr;
     more[0] += aq, more[1] += bq, more[2] += cq, more[3] += dq;
+}
+
+/* Eight columns with one residual. */
+INLINE void with_one_residual(const VALUE *const x[8], const double m[8], const double *r, int64_t n, double *found) {
+    const VALUE *a = x[0], *b = x[1], *c = x[2], *d = x[3], *e = x[4], *f = x[5], *g = x[6], *h = x[7];
+    double ar = 0, br = 0, cr = 0, dr = 0, er = 0, fr = 0, gr = 0, hr = 0;
+#pragma omp simd reduction(+ : ar, br, cr, dr, er, fr, gr, hr)
+    for (int64_t i = 0; i < n; i++) {
+        ar += (a[i] - m[0]) * r[i], br += (b[i] - m[1]) * r[i], cr += (c[i] - m[2]) * r[i], dr += (d[i] - m[3]) * r[i];
+        er += (e[i] - m[4]) * r[i], fr += (f[i] - m[5]) * r[i], gr += (g[i] - m[6]) * r[i], hr += (h[i] - m[7]) * r[i];
+    }
+    found[0] += ar, found[1] += br, found[2] += cr, found[3] += dr;
+    found[4] += er, found[5] += fr, found[6] += gr, found[7] += hr;
 }
 
 INLINE void with_one(const VALUE *const x[4], const double m[4], const double *r, int64_t n, double *found) {
@@ -56,24 +70,38 @@ INLINE void with_all(const Products *p, const VALUE *const x[4], const double m[
     }
 }
 
+/* Where `count` columns are, and their means. The beginnings of as many that follow are fetched ahead: the processor
+   can't know them, and goes on by itself. */
+INLINE void look_up(const Products *p, int64_t j, int count, int64_t to, int64_t start, const VALUE **x, double *m) {
+    for (int k = 0; k < count; k++) {
+        x[k] = COLUMN(j + k) + start;
+        m[k] = p->means ? MEAN(j + k) : 0;
+    }
+    for (int64_t k = j + count; k < j + 2 * count && k < to; k++)
+        for (int64_t l = 0; l < AHEAD; l++) __builtin_prefetch(COLUMN(k) + start + l * LINE, 0, 2);
+}
+
 /* Adds to `found` the inner products of all residuals and the columns at places `from` to `to`, less their means if
-   there are any. Four columns at a time: one after the other they don't fill the ways to memory. The beginnings of the
-   next four are fetched ahead: the processor can't know them, and goes on by itself. */
+   there are any. Several columns at a time: one after the other they don't fill the ways to memory. */
 void torchreg_dots(const Products *p, int64_t from, int64_t to) {
-    static const double none[4] = {0};
+    static const double none[8] = {0};
     for (int64_t start = 0; start < p->samples; start += CHUNK) {
         int64_t n = p->samples - start < CHUNK ? p->samples - start : CHUNK, j = from;
+        const VALUE *x[8];
+        double m[8];
+        for (; p->rows == 1 && j + 8 <= to; j += 8) {
+            look_up(p, j, 8, to, start, x, m);
+            if (p->means)
+                with_one_residual(x, m, p->residuals + start, n, p->found + j);
+            else
+                with_one_residual(x, none, p->residuals + start, n, p->found + j);
+        }
         for (; j + 4 <= to; j += 4) {
-            const VALUE *x[4];
-            for (int k = 0; k < 4; k++) x[k] = COLUMN(j + k) + start;
-            for (int64_t k = j + 4; k < j + 8 && k < to; k++)
-                for (int64_t l = 0; l < AHEAD; l++) __builtin_prefetch(COLUMN(k) + start + l * LINE, 0, 2);
-            if (p->means) {
-                const double m[4] = {MEAN(j), MEAN(j + 1), MEAN(j + 2), MEAN(j + 3)};
+            look_up(p, j, 4, to, start, x, m);
+            if (p->means)
                 with_all(p, x, m, start, n, j);
-            } else {
+            else
                 with_all(p, x, none, start, n, j);
-            }
         }
         for (; j < to; j++) {
             const VALUE *x = COLUMN(j) + start;

@@ -29,6 +29,14 @@ def weighted(root: Tensor | None, samples: int) -> list[slice]:
     return [slice(*bounds[i : i + 2]) for i in range(0 if float(root[0]) > 0 else 1, len(bounds) - 1, 2)]
 
 
+def _common_weight(root: Tensor | None, runs: list[slice]) -> float | None:
+    """The weight of the samples in these runs if they have the same one."""
+    if root is None:
+        return 1.0
+    bounds = [bound for run in runs for bound in root[run].aminmax()]
+    return float(bounds[0]) ** 2 if len(root) and bool((torch.stack(bounds) == bounds[0]).all()) else None
+
+
 class Columns(ABC):
     """Some columns of a design, as many as have been added."""
 
@@ -65,12 +73,15 @@ class DenseColumns(Columns):
         self._x, self._mean, self._root = x, mean, root
         self._runs = weighted(root, len(x))
         self._lies_in_columns, self._in_place = x.stride(0) == 1, native_columns.serves(x)
+        self._weight = _common_weight(root, self._runs)
         self._index = torch.empty(0, dtype=torch.long, device=x.device)
         self._room = 0 if self._lies_in_columns else x.shape[1] // _COPIED
         self._copy = x.new_empty(0, x.shape[0])
         self._constant = torch.empty(0, dtype=torch.bool, device=x.device)
         self._far = False
         """Whether any mean is so large that products of differences are not differences of products."""
+        self._copies = not self._lies_in_columns or x.dtype != torch.float64 or self._weight is None
+        """Whether products are made of copies: of columns that are centred, weighted or widened, or lie scattered."""
 
     def add(self, index: Tensor, out: Tensor | None = None) -> Tensor:
         """By one product of the new columns with all."""
@@ -139,6 +150,11 @@ class DenseColumns(Columns):
         """Write ZᵀZ/n of the columns from `start` on with all."""
         total.zero_()
         symmetric = native_gram.pays(len(self._x), len(self._index), len(total), total)
+        if symmetric and not self._copies:
+            self._copies = not self._multiply_in_place(start, total)
+            if not self._copies:
+                return
+            total.zero_()
         for samples in self._blocks(len(self._index)):
             if symmetric:
                 native_gram.add(self._centred(samples), start, total)
@@ -147,6 +163,20 @@ class DenseColumns(Columns):
         if symmetric:
             native_gram.mirrored(total[:, start:])
         total.div_(max(1, len(self._x)))
+
+    def _multiply_in_place(self, start: int, total: Tensor) -> bool:
+        """As `_multiply`, of X's own columns; False if means are so large that taking off their products costs digits."""
+        for run in self._runs:
+            native_gram.add(self._x[run].T, start, total, self._index)
+        native_gram.mirrored(total[:, start:])
+        total.mul_((self._weight or 0.0) / max(1, len(self._x)))
+        if self._mean is None:
+            return True
+        mean, square = self._mean[self._index], total[:, start:].diagonal()
+        if not bool(((2 * mean[start:].square() <= square) & square.isfinite()).all()):
+            return False
+        total.addr_(mean[start:], mean, alpha=-1)
+        return True
 
     def _centred(self, samples: slice) -> Tensor:
         """Columns as `_rows` has them, centred and weighted, each in one piece."""

@@ -51,15 +51,16 @@ def dots(
     Returns:
         shape (m, places).
     """
-    places = torch.arange(x.shape[1], device="cpu") if places is None else places.contiguous()
-    residuals, found = residuals.contiguous(), residuals.new_zeros(len(residuals), len(places))
+    places = None if places is None else places.contiguous()
+    count = x.shape[1] if places is None else len(places)
+    residuals, found = residuals.contiguous(), residuals.new_zeros(len(residuals), count)
     means = None if means is None else means.contiguous()
     for run in runs:
         samples, part = x[run], residuals[:, run]
         products = _products(samples, places)
         products.residuals, products.rows, products.total = part.data_ptr(), len(part), part.stride(0)
         products.found, products.means = found.data_ptr(), None if means is None else means.data_ptr()
-        pieces = np.broadcast_to(np.array([0, 0, len(samples) * len(part)]).reshape(3, 1), (3, len(places)))
+        pieces = np.broadcast_to(np.array([0, 0, len(samples) * len(part)]).reshape(3, 1), (3, count))
         threads.run(_library(x.dtype).torchreg_dots, ctypes.byref(products), pieces)
     return found
 
@@ -98,8 +99,9 @@ class _Products(ctypes.Structure):
     )
 
 
-def _products(x: Tensor, places: Tensor) -> _Products:
-    return _Products(x.data_ptr(), x.stride(1), len(x), places.data_ptr(), len(places))
+def _products(x: Tensor, places: Tensor | None) -> _Products:
+    where, count = (None, x.shape[1]) if places is None else (places.data_ptr(), len(places))
+    return _Products(x.data_ptr(), x.stride(1), len(x), where, count)
 
 
 @functools.cache

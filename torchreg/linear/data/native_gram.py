@@ -54,17 +54,21 @@ def inner(x: Tensor) -> Tensor:
     return mirrored(found)
 
 
-def add(rows: Tensor, first: int, found: Tensor) -> None:
+def add(rows: Tensor, first: int, found: Tensor, places: Tensor | None = None) -> None:
     """Add RRᵀ from row `first` on to `found`, of each row only what is not beyond the diagonal.
 
     Args:
         rows: R of shape (k, n) in float64, each row in one piece.
         first: the row of RRᵀ that is the first one of `found`.
         found: shape (k - first, k) in float64, likewise.
+        places: of R's rows among those given, of which there may be others then.
     """
-    table = _Gram(rows.data_ptr(), rows.stride(0), rows.shape[1], first, found.data_ptr(), found.stride(0))
-    pieces = np.zeros((3, len(rows) - first), dtype=np.int64)
-    pieces[2] = np.arange(first + 1, len(rows) + 1) * rows.shape[1]
+    count = len(rows) if places is None else len(places)
+    kept = None if places is None else places.contiguous()
+    where = None if kept is None else kept.data_ptr()
+    table = _Gram(rows.data_ptr(), where, rows.stride(0), rows.shape[1], first, found.data_ptr(), found.stride(0))
+    pieces = np.zeros((3, count - first), dtype=np.int64)
+    pieces[2] = np.arange(first + 1, count + 1) * rows.shape[1]
     threads.run(_function(), ctypes.byref(table), pieces)
 
 
@@ -81,6 +85,7 @@ def mirrored(lower: Tensor) -> Tensor:
 class _Gram(ctypes.Structure):
     _fields_ = (
         ("rows", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
         ("length", ctypes.c_int64),
         ("first", ctypes.c_int64),
