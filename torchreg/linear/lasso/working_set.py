@@ -286,7 +286,7 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         (w,), (steps,) = working.solve(w, [stage], limit if stage is strength else _ON_THE_WAY)
         if stage is strength:
             break
-        check = Check(working, [w], [stage])
+        check = check.followed_by(w, stage) or Check(working, [w], [stage])
         before, stage = stage.l1, _next(stage.l1, strength, _ratio(check, steps))
     while True:
         checked = check.followed_by(w, strength)
