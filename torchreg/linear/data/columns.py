@@ -165,7 +165,7 @@ class DenseColumns(Columns):
         total.div_(max(1, len(self._x)))
 
     def _multiply_in_place(self, start: int, total: Tensor) -> bool:
-        """As `_multiply`, of X's own columns; False if means are too large to be taken off products without losing digits."""
+        """As `_multiply`, of X's own columns; False if means are so large that this would cost digits."""
         for run in self._runs:
             native_gram.add(self._x[run].T, start, total, self._index)
         native_gram.mirrored(total[:, start:])

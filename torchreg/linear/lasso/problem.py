@@ -57,14 +57,19 @@ class Problem:
     @cached_property
     def largest(self) -> float:
         """The largest entry of Zᵀz/n (its modulus, unless `positive`): from l1 = this on, w = 0 is the solution."""
-        if not self.moment.numel():
-            return 0.0
-        return max(0.0, float((self.moment if self.positive else self.moment.abs()).max()))
+        if not self.positive or not self.moment.numel():
+            return self._modulus
+        return max(0.0, float(self.moment.max()))
 
     @cached_property
     def rounding(self) -> float:
         """What correlations with a residual are off by, about."""
-        return 32 * max(self.design.eps, 1e-15) * float(self.moment.abs().max()) if self.moment.numel() else 0.0
+        return 32 * max(self.design.eps, 1e-15) * self._modulus
+
+    @cached_property
+    def _modulus(self) -> float:
+        """The largest modulus of Zᵀz/n."""
+        return float(self.moment.abs().max()) if self.moment.numel() else 0.0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torchreg.linear.lasso.descent import descend
 from torchreg.linear.lasso.problem import NOT_FINITE, Fit, Problem, Strength, duality_gaps
 from torchreg.linear.lasso.solution import ACCURATE, Solution, errors, refined
 
-_FEWEST = 100  # columns that may enter at a time
+_FEWEST, _SMALL = 75, 25_000  # columns that may enter at a time, or numbers in them: short ones cost little
 _ROOMS = {"cpu": (1000, 4000)}
 """Columns for which a Gram matrix has room at first, and then, before it doubles. On the CPU memory that is not written
 to costs nothing, and further copies would; but what is written far apart takes longer."""
@@ -56,6 +57,11 @@ class WorkingSet:
     def moment(self) -> Tensor:
         """Of the columns inside."""
         return self.problem.moment[..., self.index]
+
+    @property
+    def portion(self) -> int:
+        """Columns that may enter at a time, where no more have coefficients yet."""
+        return max(_FEWEST, _SMALL // max(1, self.problem.design.samples))
 
     @property
     def is_small(self) -> bool:
@@ -179,14 +185,15 @@ class Check:
         pull[0, near] = problem.design.some_correlations(residuals[0], near)
         return Check(working, [w], [strength], residuals, pull, self._seen)
 
+    @cached_property
     def forces(self) -> Tensor:
-        """`WorkingSet.forces` of each."""
+        """`WorkingSet.forces` of each, for the columns that are inside when they are first asked for."""
         return self.working.forces(self.pull)
 
     def violated(self) -> list[bool]:
         """Whether any column outside should be inside, for each."""
         slack = self._l1 + self.working.problem.rounding
-        return (self.forces() > slack).any(1).tolist()
+        return (self.forces > slack).any(1).tolist()
 
     def gaps(self) -> list[float]:
         """The duality gap of each."""
@@ -224,7 +231,7 @@ class _Course:
             least, pull = max(2 * l1 - self.l1, _NEAR * l1), self.pull
         else:
             least, pull = _NEAR_EXPECTED * l1, self.pull + (l1 - self.l1) * self.slope
-        _enter(working, working.forces(pull), least, max(4 * _FEWEST, nonzero))
+        _enter(working, working.forces(pull), least, max(5 * working.portion, nonzero))
 
 
 def solve_path(problem: Problem, strengths: list[Strength], limit: int, start: Tensor | None) -> Iterator[Solution]:
@@ -281,7 +288,9 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
     before = problem.largest
     stage = strength if start is not None else _next(before, strength, _FIRST)
     while True:
-        _enter(working, check.forces()[0], max(2 * stage.l1 - before, _NEAR * stage.l1), max(_FEWEST, _nonzero(w)))
+        _enter(
+            working, check.forces[0], max(2 * stage.l1 - before, _NEAR * stage.l1), max(working.portion, _nonzero(w))
+        )
         on_the_way += steps
         (w,), (steps,) = working.solve(w, [stage], limit if stage is strength else _ON_THE_WAY)
         if stage is strength:
@@ -305,17 +314,18 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
 def _begin(working: WorkingSet, start: Tensor | None, strength: Strength) -> tuple[Tensor, Check]:
     """Coefficients of a working set that holds the start's support, and their check."""
     if start is None:
-        w = working.problem.target.new_zeros(0)
-    else:
-        support = torch.nonzero(start).squeeze(1)
-        working.add(support)
-        w = start[support]
+        target = working.problem.target
+        w = target.new_zeros(0)
+        return w, Check(working, [w], [strength], target.unsqueeze(0))
+    support = torch.nonzero(start).squeeze(1)
+    working.add(support)
+    w = start[support]
     return w, Check(working, [w], [strength])
 
 
 def _ratio(check: Check, steps: int) -> float:
     """To the next intermediate strength: a small one where the last one took many steps, or missed many columns."""
-    missed = int((check.forces()[0] > check.strengths[0].l1).sum()) / max(1, _nonzero(check.w[0]))
+    missed = int((check.forces[0] > check.strengths[0].l1).sum()) / max(1, _nonzero(check.w[0]))
     by_steps = next(ratio for most, ratio in _BY_STEPS if steps <= most)
     return min(by_steps, next(ratio for most, ratio in _BY_MISSED if missed <= most))
 
@@ -342,6 +352,6 @@ def _enter(working: WorkingSet, forces: Tensor, least: float, most: int) -> None
 
 def _enter_violators(working: WorkingSet, check: Check, row: int) -> None:
     """Let violators in, and columns that are near to be: few at a time where it costs little to look again."""
-    forces, held = check.forces()[row], _nonzero(check.w[row])
+    forces, held = check.forces[row], _nonzero(check.w[row])
     least = _NEAR_VIOLATORS * (check.strengths[row].l1 + working.problem.rounding)
-    _enter(working, forces, least, max(_FEWEST, held // 3 if working.is_small else held))
+    _enter(working, forces, least, max(working.portion, held // 3 if working.is_small else held))
