@@ -706,6 +706,10 @@ ALTERATIONS = {
     "lr in place": ({"lr": torch.tensor(0.1)}, lambda group: group["lr"].mul_(0.3)),
     "scale": ({}, lambda group: group.update(strength_scale=0.2)),
     "scale in place": ({"strength_scale": torch.tensor(1.0)}, lambda group: group["strength_scale"].mul_(0.3)),
+    "scale behind autograd's back": (
+        {"strength_scale": torch.tensor(1.0)},
+        lambda group: group["strength_scale"].data.mul_(0.3),
+    ),
     "penalty": ({}, lambda group: group.update(penalty=L1(0.1))),
     "strength in place": ({"penalty": ElasticNet(torch.tensor(0.3), 0.2)}, lambda group: group["penalty"].l1.mul_(0.3)),
     "weight decay": ({}, lambda group: group.update(weight_decay=0.4)),

@@ -6,7 +6,7 @@ import dataclasses
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ class ProxPoint:
     positions: list[Tensor | None] | None = None
 
 
+class _KnownStep(NamedTuple):
+    """The step of a param group, and the hyperparameters that it was made of; ``numbers`` are those of tensors."""
+
+    values: list[Any]
+    numbers: list[float | None]
+    step: Any
+
+
 Hook = Callable[[Optimizer, list[ProxPoint]], None]
 Shrunk = tuple[dict[str, Any], Any, list[Tensor]]
 """A group with some of its tensors, of which only the proximal operator is left to do, and whose they are."""
@@ -62,7 +70,7 @@ class ProximalOptimizer(SettlingOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._fused = kernels.FusedSteps(self._update)
-        self._known_steps: dict[int, tuple[list[Any], Any]] = {}
+        self._known_steps: dict[int, _KnownStep] = {}
         self._prox_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._preview_hooks: OrderedDict[int, tuple[Hook, Sampler]] = OrderedDict()
         super().__init__(params, defaults)
@@ -170,13 +178,17 @@ class ProximalOptimizer(SettlingOptimizer):
 
     def _group_step(self, index: int, group: dict[str, Any]) -> Any:
         """As `_hyperparameters`: the step that it gave last time, as long as the group holds the very same values."""
+        if torch.compiler.is_compiling():
+            return self._hyperparameters(group)
         values = list(map(group.get, self.defaults))
-        known, step = self._known_steps.get(index, ((), None))
-        if step is not None and all(map(operator.is_, values, known)):
-            return step
+        numbers = [_host_number(value) for value in values if isinstance(value, Tensor)]
+        known = self._known_steps.get(index)
+        if known is not None and numbers == known.numbers and all(map(operator.is_, values, known.values)):
+            return known.step
         step = self._hyperparameters(group)
-        if all(map(_is_fixed, values)) and not torch.compiler.is_compiling():
-            self._known_steps[index] = values, step
+        readable = not numbers or not (None in numbers or group.get("capturable"))
+        if readable and all(map(_is_fixed, values)):
+            self._known_steps[index] = _KnownStep(values, numbers, step)
         return step
 
     def _tables(self, group: dict[str, Any], index: int, step: Any) -> list[RowStep]:
@@ -302,12 +314,19 @@ def usable_penalty(group: Mapping[str, Any]) -> Any:
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether a hyperparameter stays what it is as long as it is the same object."""
+    """Whether a hyperparameter stays what it is as long as it is the same object, and the same number if a tensor."""
     if isinstance(value, tuple):
-        return all(map(_is_fixed, value))
+        return not any(isinstance(entry, Tensor) for entry in value) and all(map(_is_fixed, value))
     if is_shrinkage(value):
         return not any(isinstance(strength, Tensor) for strength in value.strengths().values())
-    return value is None or isinstance(value, (int, float, str))
+    return value is None or isinstance(value, (int, float, str, Tensor))
+
+
+def _host_number(value: Tensor) -> float | None:
+    """What the host can read of a hyperparameter without waiting for a device; None if nothing."""
+    if type(value) is not Tensor or not value.is_cpu or value.numel() != 1 or value.requires_grad:
+        return None
+    return value.item()
 
 
 def _of_each_kind(params: list[Tensor]) -> Iterable[Tensor]:
