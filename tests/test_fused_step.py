@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from torchreg.kernels import SGD, FusedSteps, SGDStep, SGDTensors, native, proxi
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no kernel: {native.unavailable()}")
 
 PIECE = native.PIECE_SIZE
-BLOCK = 1024
+STEP_H = (Path(native.__file__).parent / "step.h").read_text(encoding="utf-8")
+BLOCK, CHUNK = map(int, re.search(r"BLOCK = (\d+), CHUNK = (\d+)", STEP_H).groups())
 SMALL = (0, 1, 3, BLOCK - 1, BLOCK, BLOCK + 1)
 LARGE = (PIECE - 1, PIECE + 1, 3 * PIECE + 17)
 
@@ -141,7 +144,7 @@ def assert_agrees(weights, step, grads=None, momentum=None, steps=3, threads=1):
 @pytest.mark.parametrize("hyper", HYPERPARAMETERS.values(), ids=HYPERPARAMETERS)
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 def test_hyperparameters_and_penalties_act_as_in_the_reference(hyper, penalty, dtype):
-    for w in drawn([(7, 5), (BLOCK + 1,)], dtype):
+    for w in drawn([(7, 5), (BLOCK + 2,)], dtype):  # blocks of five fit into both
         assert_agrees([w, w.clone()], SGDStep(**{**vars(STEP), "penalty": penalty(w), **hyper}))
 
 
@@ -180,9 +183,10 @@ RUNS = (
     BLOCK - 1,
     BLOCK,
     BLOCK + 1,
-    3 * BLOCK + 5,
-    4 * BLOCK,
-    4 * BLOCK + 1,
+    CHUNK - BLOCK // 2 + 5,
+    CHUNK,
+    CHUNK + 1,
+    CHUNK + BLOCK + 5,
     PIECE + 3,
 )
 
@@ -220,7 +224,7 @@ def test_huge_and_tiny_groups_keep_their_digits(penalty, momentum):
 
 @grouped
 def test_groups_with_nan_and_infinity_are_those_of_the_reference(penalty):
-    for run in (3, 100, BLOCK, 5 * BLOCK):
+    for run in (3, 100, BLOCK, BLOCK + 7, CHUNK + BLOCK):
         (w,) = drawn([(5, run)], torch.float32)
         w[0, 1], w[1, 0], w[2, run - 1] = torch.nan, torch.inf, -torch.inf
         w[3] = 0
