@@ -142,3 +142,16 @@ def test_only_columns_that_lie_apart_are_copied_and_few_of_them() -> None:
             held.add(torch.arange(start, start + 4))
             assert len(held._copy) <= most  # type: ignore[attr-defined]
         assert len(held._copy) == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e8])
+def test_a_few_columns_with_large_means_leave_those_that_follow_their_digits(
+    offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blas, "is_slow", lambda: True)
+    x = torch.randn(40, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).T
+    x[:, 0] += offset
+    held, z = Dense(x, x.mean(0)).columns(), x - x.mean(0)
+    held.add(torch.tensor([0]))
+    products = held.add(torch.arange(1, 40))
+    torch.testing.assert_close(products, z[:, 1:].T @ z / 1000, rtol=0, atol=2e-14)

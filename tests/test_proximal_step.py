@@ -701,6 +701,19 @@ def test_a_subclass_with_its_own_prox_is_taken_at_its_word(form, size):
         ProxSGD([p], lr=0.1, penalty=_HalfShrunk(0.1), fused=True)
 
 
+class _Computed(L1):
+    """L1 whose strength is not the field."""
+
+    def parts(self):
+        return self.current[0], 0.0
+
+
+def computed() -> _Computed:
+    penalty = _Computed(0.3)
+    object.__setattr__(penalty, "current", [0.3])
+    return penalty
+
+
 ALTERATIONS = {
     "lr": ({}, lambda group: group.update(lr=0.03)),
     "lr in place": ({"lr": torch.tensor(0.1)}, lambda group: group["lr"].mul_(0.3)),
@@ -712,6 +725,7 @@ ALTERATIONS = {
     ),
     "penalty": ({}, lambda group: group.update(penalty=L1(0.1))),
     "strength in place": ({"penalty": ElasticNet(torch.tensor(0.3), 0.2)}, lambda group: group["penalty"].l1.mul_(0.3)),
+    "computed strength": ({"penalty": computed()}, lambda group: group["penalty"].current.__setitem__(0, 0.1)),
     "weight decay": ({}, lambda group: group.update(weight_decay=0.4)),
     "direction": ({}, lambda group: group.update(maximize=not group["maximize"])),
     "betas in place": ({"betas": [0.9, 0.99]}, lambda group: group["betas"].__setitem__(0, 0.3)),

@@ -17,7 +17,7 @@ from torchreg import kernels
 from torchreg.optim.groups import acting, checked_penalty, checked_scale
 from torchreg.optim.preview import previewed
 from torchreg.optim.settling import RowStep, SettlingOptimizer
-from torchreg.penalties import L1
+from torchreg.penalties import L1, L2, ElasticNet
 from torchreg.penalties.base import HALF, Step
 from torchreg.penalties.parts import divided, spans
 from torchreg.penalties.separable import is_shrinkage
@@ -52,6 +52,10 @@ class _KnownStep(NamedTuple):
     values: list[Any]
     numbers: list[float | None]
     step: Any
+
+    def values_are(self, others: list[Any]) -> bool:
+        """Whether these are the same objects."""
+        return len(self.values) == len(others) and all(map(operator.is_, self.values, others))
 
 
 Hook = Callable[[Optimizer, list[ProxPoint]], None]
@@ -129,7 +133,7 @@ class ProximalOptimizer(SettlingOptimizer):
         on_device = found_inf is not None and self._step_supports_amp_scaling and not self._needs_host()
         if found_inf is not None and not on_device and bool(found_inf):
             return
-        steps = [self._group_step(i, group) for i, group in enumerate(self.param_groups)]  # may raise, before changes
+        steps = [self._group_step(i, group) for i, group in enumerate(self.param_groups)]  # may raise: no change yet
         origins = [tensors.params for tensors in gradients]
         spread = {i for i, params in enumerate(origins) if any_sharded(params)}
         for i, step in enumerate(steps):
@@ -177,17 +181,17 @@ class ProximalOptimizer(SettlingOptimizer):
             torch.autograd.graph.increment_version(origins[i])
 
     def _group_step(self, index: int, group: dict[str, Any]) -> Any:
-        """As `_hyperparameters`: the step that it gave last time, as long as the group holds the very same values."""
+        """As `_hyperparameters`, which depends on the group's values alone: while these stay, so does the step."""
         if torch.compiler.is_compiling():
             return self._hyperparameters(group)
-        values = list(map(group.get, self.defaults))
+        values = list(group.values())
         numbers = [_host_number(value) for value in values if isinstance(value, Tensor)]
         known = self._known_steps.get(index)
-        if known is not None and numbers == known.numbers and all(map(operator.is_, values, known.values)):
+        if known is not None and known.values_are(values) and known.numbers == numbers:
             return known.step
         step = self._hyperparameters(group)
         readable = not numbers or not (None in numbers or group.get("capturable"))
-        if readable and all(map(_is_fixed, values)):
+        if readable and all(_is_fixed(value) for key, value in group.items() if key not in ("params", "param_names")):
             self._known_steps[index] = _KnownStep(values, numbers, step)
         return step
 
@@ -315,11 +319,12 @@ def usable_penalty(group: Mapping[str, Any]) -> Any:
 
 def _is_fixed(value: Any) -> bool:
     """Whether a hyperparameter stays what it is as long as it is the same object, and the same number if a tensor."""
+    if value is None or isinstance(value, (int, float, str, Tensor)):
+        return True
     if isinstance(value, tuple):
         return not any(isinstance(entry, Tensor) for entry in value) and all(map(_is_fixed, value))
-    if is_shrinkage(value):
-        return not any(isinstance(strength, Tensor) for strength in value.strengths().values())
-    return value is None or isinstance(value, (int, float, str, Tensor))
+    own = type(value) in (L1, L2, ElasticNet)  # another class may compute its strengths
+    return own and not any(isinstance(strength, Tensor) for strength in value.strengths().values())
 
 
 def _host_number(value: Tensor) -> float | None:

@@ -22,7 +22,7 @@ typedef struct {
 enum { CHUNK = 2048, AHEAD = 8, LINE = 64 / sizeof(VALUE) };
 
 /* Adds to `found`, and to `more`, the inner products of four columns less their means with a residual, and another. */
-INLINE void with_two(const VALUE *const x[4], const double m[4], const double *r, const double *q, int64_t n,
+INLINE void four_with_two(const VALUE *const x[4], const double m[4], const double *r, const double *q, int64_t n,
                      double *found, double *more) {
     const VALUE *a = x[0], *b = x[1], *c = x[2], *d = x[3];
     double ar = 0, br = 0, cr = 0, dr = 0, aq = 0, bq = 0, cq = 0, dq = 0;
@@ -36,8 +36,7 @@ INLINE void with_two(const VALUE *const x[4], const double m[4], const double *r
     more[0] += aq, more[1] += bq, more[2] += cq, more[3] += dq;
 }
 
-/* Eight columns with one residual. */
-INLINE void with_one_residual(const VALUE *const x[8], const double m[8], const double *r, int64_t n, double *found) {
+INLINE void eight_with_one(const VALUE *const x[8], const double m[8], const double *r, int64_t n, double *found) {
     const VALUE *a = x[0], *b = x[1], *c = x[2], *d = x[3], *e = x[4], *f = x[5], *g = x[6], *h = x[7];
     double ar = 0, br = 0, cr = 0, dr = 0, er = 0, fr = 0, gr = 0, hr = 0;
 #pragma omp simd reduction(+ : ar, br, cr, dr, er, fr, gr, hr)
@@ -49,7 +48,7 @@ INLINE void with_one_residual(const VALUE *const x[8], const double m[8], const 
     found[4] += er, found[5] += fr, found[6] += gr, found[7] += hr;
 }
 
-INLINE void with_one(const VALUE *const x[4], const double m[4], const double *r, int64_t n, double *found) {
+INLINE void four_with_one(const VALUE *const x[4], const double m[4], const double *r, int64_t n, double *found) {
     const VALUE *a = x[0], *b = x[1], *c = x[2], *d = x[3];
     double ar = 0, br = 0, cr = 0, dr = 0;
 #pragma omp simd reduction(+ : ar, br, cr, dr)
@@ -59,14 +58,14 @@ INLINE void with_one(const VALUE *const x[4], const double m[4], const double *r
 }
 
 /* All residuals with four columns. Those after the first two find the columns in the cache. */
-INLINE void with_all(const Products *p, const VALUE *const x[4], const double m[4], int64_t start, int64_t n, int64_t j) {
+INLINE void four_with_all(const Products *p, const VALUE *const x[4], const double m[4], int64_t start, int64_t n, int64_t j) {
     for (int64_t row = 0; row < p->rows; row += 2) {
         const double *r = p->residuals + row * p->total + start;
         double *found = p->found + row * p->count + j;
         if (row + 1 < p->rows)
-            with_two(x, m, r, r + p->total, n, found, found + p->count);
+            four_with_two(x, m, r, r + p->total, n, found, found + p->count);
         else
-            with_one(x, m, r, n, found);
+            four_with_one(x, m, r, n, found);
     }
 }
 
@@ -82,7 +81,8 @@ INLINE void look_up(const Products *p, int64_t j, int count, int64_t to, int64_t
 }
 
 /* Adds to `found` the inner products of all residuals and the columns at places `from` to `to`, less their means if
-   there are any. Several columns at a time: one after the other they don't fill the ways to memory. */
+   there are any. Several columns at a time: one after the other they don't fill the ways to memory. Constant zeros in
+   place of means spare a subtraction. */
 void torchreg_dots(const Products *p, int64_t from, int64_t to) {
     static const double none[8] = {0};
     for (int64_t start = 0; start < p->samples; start += CHUNK) {
@@ -92,25 +92,25 @@ void torchreg_dots(const Products *p, int64_t from, int64_t to) {
         for (; p->rows == 1 && j + 8 <= to; j += 8) {
             look_up(p, j, 8, to, start, x, m);
             if (p->means)
-                with_one_residual(x, m, p->residuals + start, n, p->found + j);
+                eight_with_one(x, m, p->residuals + start, n, p->found + j);
             else
-                with_one_residual(x, none, p->residuals + start, n, p->found + j);
+                eight_with_one(x, none, p->residuals + start, n, p->found + j);
         }
         for (; j + 4 <= to; j += 4) {
             look_up(p, j, 4, to, start, x, m);
             if (p->means)
-                with_all(p, x, m, start, n, j);
+                four_with_all(p, x, m, start, n, j);
             else
-                with_all(p, x, none, start, n, j);
+                four_with_all(p, x, none, start, n, j);
         }
         for (; j < to; j++) {
-            const VALUE *x = COLUMN(j) + start;
+            const VALUE *column = COLUMN(j) + start;
             const double mean = p->means ? MEAN(j) : 0;
             for (int64_t row = 0; row < p->rows; row++) {
                 const double *r = p->residuals + row * p->total + start;
                 double sum = 0;
 #pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < n; i++) sum += (x[i] - mean) * r[i];
+                for (int64_t i = 0; i < n; i++) sum += (column[i] - mean) * r[i];
                 p->found[row * p->count + j] += sum;
             }
         }

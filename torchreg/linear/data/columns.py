@@ -34,7 +34,7 @@ def _common_weight(root: Tensor | None, runs: list[slice]) -> float | None:
     if root is None:
         return 1.0
     bounds = [bound for run in runs for bound in root[run].aminmax()]
-    return float(bounds[0]) ** 2 if len(root) and bool((torch.stack(bounds) == bounds[0]).all()) else None
+    return float(bounds[0]) ** 2 if bool((torch.stack(bounds) == bounds[0]).all()) else None
 
 
 class Columns(ABC):
@@ -81,7 +81,8 @@ class DenseColumns(Columns):
         self._far = False
         """Whether any mean is so large that products of differences are not differences of products."""
         self._copies = not self._lies_in_columns or x.dtype != torch.float64 or self._weight is None
-        """Whether products are made of copies: of columns that are centred, weighted or widened, or lie scattered."""
+        """Whether products are made of copies: of columns that lie scattered, or are weighted, widened or, once a mean
+        has been too large for anything else, centred."""
 
     def add(self, index: Tensor, out: Tensor | None = None) -> Tensor:
         """By one product of the new columns with all."""
@@ -150,10 +151,10 @@ class DenseColumns(Columns):
         """Write ZᵀZ/n of the columns from `start` on with all."""
         total.zero_()
         symmetric = native_gram.pays(len(self._x), len(self._index), len(total), total)
-        if symmetric and not self._copies:
-            self._copies = not self._multiply_in_place(start, total)
-            if not self._copies:
+        if symmetric and not (self._copies or self._far):
+            if self._multiply_in_place(start, total):
                 return
+            self._copies = True
             total.zero_()
         for samples in self._blocks(len(self._index)):
             if symmetric:
@@ -166,10 +167,11 @@ class DenseColumns(Columns):
 
     def _multiply_in_place(self, start: int, total: Tensor) -> bool:
         """As `_multiply`, of X's own columns; False if means are so large that this would cost digits."""
+        assert self._weight is not None
         for run in self._runs:
             native_gram.add(self._x[run].T, start, total, self._index)
         native_gram.mirrored(total[:, start:])
-        total.mul_((self._weight or 0.0) / max(1, len(self._x)))
+        total.mul_(self._weight / max(1, len(self._x)))
         if self._mean is None:
             return True
         mean, square = self._mean[self._index], total[:, start:].diagonal()

@@ -3,14 +3,16 @@
 #include <stdint.h>
 #include <string.h>
 
+/* A tile has DOWN rows and ACROSS columns, as many as there are registers for their sums and what is multiplied: 32 or
+   16. GROUP rows, of at most CHUNK entries at a time, stay in the second-level cache while columns pass by. */
 #if defined(__AVX512F__)
 enum { LANES = 8, DOWN = 5, ACROSS = 5, GROUP = 60 };
 #elif defined(__AVX__)
-enum { LANES = 4, DOWN = 4, ACROSS = 3, GROUP = 32 }; /* with the sums and what is multiplied there are 16 registers */
+enum { LANES = 4, DOWN = 4, ACROSS = 3, GROUP = 32 };
 #else
 enum { LANES = 2, DOWN = 4, ACROSS = 3, GROUP = 32 };
 #endif
-enum { CHUNK = 512 }; /* entries, at most; a tile has DOWN rows and ACROSS columns, and GROUP rows stay in the cache */
+enum { CHUNK = 512 };
 
 typedef double Vector __attribute__((vector_size(LANES * sizeof(double))));
 typedef double Unaligned __attribute__((vector_size(LANES * sizeof(double)), aligned(sizeof(double)), may_alias));
@@ -72,7 +74,8 @@ static void pointers(const Gram *g, int64_t from, int64_t to, int64_t start, int
     }
 }
 
-/* Adds to rows `from` to `to` of `found` those of RRᵀ for all rows R, of each what is not beyond the diagonal. */
+/* Adds to rows `from` to `to` of `found` those of RRᵀ for all rows R, of each what is not beyond the diagonal. Chunks of
+   entries are as long as each other: what a tile begins and ends with costs as much for a short one. */
 void torchreg_gram(const Gram *g, int64_t from, int64_t to) {
     from += g->first, to += g->first;
     int64_t chunks = (g->length + CHUNK - 1) / CHUNK, even = chunks ? (g->length + chunks - 1) / chunks : 0;

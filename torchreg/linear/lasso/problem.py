@@ -57,9 +57,9 @@ class Problem:
     @cached_property
     def largest(self) -> float:
         """The largest entry of Zᵀz/n (its modulus, unless `positive`): from l1 = this on, w = 0 is the solution."""
-        if not self.positive or not self.moment.numel():
+        if not self.positive:
             return self._modulus
-        return max(0.0, float(self.moment.max()))
+        return max(0.0, float(self.moment.max())) if self.moment.numel() else 0.0
 
     @cached_property
     def rounding(self) -> float:
