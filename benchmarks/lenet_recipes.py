@@ -64,7 +64,7 @@ def _lenet300(compression: int, epochs: int) -> Phase:
 
 def _lenet5(compression: int, epochs: int) -> Phase:
     keep = 430_500 // compression
-    return Phase(epochs, (0.02, 0.0), batch=64, strength=5e-5, cut=4000, keep=keep, settled=0.6, soft=0.5)
+    return Phase(epochs, (0.02, 0.0), batch=64, strength=1e-4, cut=4000, keep=keep, settled=0.6, soft=0.9)
 
 
 RECIPES = {

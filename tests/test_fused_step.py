@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no ke
 
 PIECE = native.PIECE_SIZE
 STEP_H = (Path(native.__file__).parent / "step.h").read_text(encoding="utf-8")
-BLOCK, CHUNK = map(int, re.search(r"BLOCK = (\d+), CHUNK = (\d+)", STEP_H).groups())
-SMALL = (0, 1, 3, BLOCK - 1, BLOCK, BLOCK + 1)
+STRETCH, BLOCK, CHUNK = (int(re.search(rf"{name} = (\d+)", STEP_H)[1]) for name in ("STRETCH", "BLOCK", "CHUNK"))
+SMALL = (0, 1, 3, STRETCH - 1, STRETCH, STRETCH + 1)
 LARGE = (PIECE - 1, PIECE + 1, 3 * PIECE + 17)
 
 STEP = SGDStep(
@@ -144,7 +144,7 @@ def assert_agrees(weights, step, grads=None, momentum=None, steps=3, threads=1):
 @pytest.mark.parametrize("hyper", HYPERPARAMETERS.values(), ids=HYPERPARAMETERS)
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 def test_hyperparameters_and_penalties_act_as_in_the_reference(hyper, penalty, dtype):
-    for w in drawn([(7, 5), (BLOCK + 2,)], dtype):  # blocks of five fit into both
+    for w in drawn([(7, 5), (STRETCH + 2,)], dtype):  # blocks of five fit into both
         assert_agrees([w, w.clone()], SGDStep(**{**vars(STEP), "penalty": penalty(w), **hyper}))
 
 

@@ -305,8 +305,8 @@ static void NAME(piece)(const Plan *plan, int64_t index)
                 NAME(group_apart)(&work, w, i, AT(run), counts);
         return;
     }
-    for (int64_t i = 0; i < size; i += BLOCK) {
-        const int n = size - i < BLOCK ? (int)(size - i) : BLOCK;
+    for (int64_t i = 0; i < size; i += STRETCH) {
+        const int n = size - i < STRETCH ? (int)(size - i) : STRETCH;
         T *wi = w + i, *mi = m + i, *vi = v + i, *xi = x ? x + i : 0;
         const T *gi = g + i, *l1i = l1 ? l1 + i : 0, *l2i = l2 ? l2 + i : 0;
         if (plain && !divide)

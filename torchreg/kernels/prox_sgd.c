@@ -121,8 +121,8 @@ static void NAME(piece)(const Plan *plan, int64_t index)
         NAME(groups)(&work, w, size, AT(run), shrinkage, (T)(1 + 2 * step * hyper[HYPER_l2]), counts);
         return;
     }
-    for (int64_t i = 0; i < size; i += BLOCK) {
-        const int n = size - i < BLOCK ? (int)(size - i) : BLOCK;
+    for (int64_t i = 0; i < size; i += STRETCH) {
+        const int n = size - i < STRETCH ? (int)(size - i) : STRETCH;
         T *mi = m ? m + i : 0;
         const T *l1i = l1 ? l1 + i : 0, *l2i = l2 ? l2 + i : 0;
         if (plain && !divide)

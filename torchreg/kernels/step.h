@@ -8,7 +8,8 @@
 
 #include <stdint.h>
 
-enum { BLOCK = 2048, CHUNK = 4096, FEW = 32 };
+/* Elements that are summed up in T before they are in double; likewise of groups, which take more of the first-level cache. */
+enum { STRETCH = 2048, BLOCK = 1024, CHUNK = 4096, FEW = 32 };
 
 typedef struct {
     const int64_t *table;  /* COLUMNS rows of `tensors` entries */
