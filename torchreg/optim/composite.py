@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,23 @@ from torchreg.sharding import is_sharded
 
 @dataclass
 class Point:
-    """Weights, with the loss f and its gradient there."""
+    """Weights, with the loss f and its gradient there, and f + R once it has been asked for."""
 
     weights: list[Tensor]
     loss: float
     grads: list[Tensor]
+    value: float | None = None
+
+
+@dataclass
+class _Part:
+    """A group's parameters: their place among all, and the penalty on them, also at its scale."""
+
+    where: slice
+    lr: float
+    scale: float
+    penalty: Penalty | None
+    scaled: Penalty | None
 
 
 class Composite:
@@ -33,6 +45,9 @@ class Composite:
         groups: param groups.
         closure: zeroes the gradients, computes f without the penalty, calls backward and returns f.
 
+    Attributes:
+        noise: the largest rounding of the parameters' types.
+
     Raises:
         ValueError: if f is no finite number, or no parameter has a gradient.
         TypeError: if a gradient is sparse.
@@ -42,8 +57,8 @@ class Composite:
         self._closure = closure
         self.evaluations = 0
         loss = self._called()
-        self._groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in groups]
-        self.params = [p for _, params in self._groups for p in params]
+        stepped = [(g, [p for p in g["params"] if p.grad is not None]) for g in groups]
+        self.params = [p for _, params in stepped for p in params]
         if not self.params:
             raise ValueError("No parameter has a gradient after the closure: it must call backward() on the loss.")
         for p in self.params:
@@ -57,8 +72,9 @@ class Composite:
         self.start = Point([p.detach().clone() for p in self.params], loss, self._grads())
         if not math.isfinite(loss):
             raise ValueError(f"Expected the closure to return a finite loss, got {loss} at the weights given.")
-        self._scales = [float(g["strength_scale"]) for g, _ in self._groups]
-        self._rates = [float(g["lr"]) for g, params in self._groups for _ in params]
+        self.noise = max(torch.finfo(p.dtype).eps for p in self.params)
+        self._rates = [float(g["lr"]) for g, params in stepped for _ in params]
+        self._parts = list(_parts(stepped))
 
     def at(self, weights: list[Tensor]) -> Point:
         """Evaluate f and its gradient."""
@@ -78,36 +94,33 @@ class Composite:
         moved = [
             torch.add(w, g, alpha=-step * lr) for w, g, lr in zip(point.weights, point.grads, self._rates, strict=True)
         ]
-        at = 0
-        for (group, params), scale in zip(self._groups, self._scales, strict=True):
-            penalty, mine = group["penalty"], moved[at : at + len(params)]
-            at += len(params)
-            if penalty is not None and mine:
-                acting(penalty, group, params).prox_all_(mine, [step * float(group["lr"]) * scale] * len(mine))
+        for part in self._parts:
+            if part.penalty is not None:
+                mine = moved[part.where]
+                part.penalty.prox_all_(mine, [step * part.lr * part.scale] * len(mine))
         return moved
 
     def check_step(self, step: float) -> None:
         """Raise ``ValueError`` where a penalty refuses so long a step."""
-        for (group, _), scale in zip(self._groups, self._scales, strict=True):
-            if group["penalty"] is not None:
-                group["penalty"].check_step(step * float(group["lr"]) * scale)
+        for part in self._parts:
+            if part.penalty is not None:
+                part.penalty.check_step(step * part.lr * part.scale)
 
     def objective(self, point: Point) -> float:
         """f + R."""
-        total, at = point.loss, 0
-        for penalty, count in self._penalties():
-            if penalty is not None and count:
-                total += float(penalty.value_all(point.weights[at : at + count]))
-            at += count
-        return total
+        if point.value is None:
+            point.value = point.loss
+            for part in self._parts:
+                if part.scaled is not None:
+                    point.value += float(part.scaled.value_all(point.weights[part.where]))
+        return point.value
 
     def residual(self, point: Point) -> float:
         """The largest violation of the optimality conditions; see `torchreg.kkt_residual`."""
-        worst, at = [], 0
-        for penalty, count in self._penalties():
-            weights, grads = point.weights[at : at + count], point.grads[at : at + count]
-            worst += [g.abs() for g in grads] if penalty is None else penalty.residual_all(weights, grads)
-            at += count
+        worst: list[Tensor] = []
+        for part in self._parts:
+            weights, grads = point.weights[part.where], point.grads[part.where]
+            worst += [g.abs() for g in grads] if part.scaled is None else part.scaled.residual_all(weights, grads)
         return max(_numbers([r.max() for r in worst if r.numel()]), default=0.0)
 
     def steepest(self, point: Point) -> float:
@@ -119,12 +132,12 @@ class Composite:
         products = _numbers([_dot(x, y) for x, y in zip(a, b, strict=True)])
         return math.fsum(x / lr for x, lr in zip(products, self._rates, strict=True)) if metric else math.fsum(products)
 
-    def _penalties(self) -> list[tuple[Penalty | None, int]]:
-        """Each group's penalty at its scale, and the number of its parameters."""
-        return [
-            (group["penalty"] and acting(group["penalty"], group, params).scaled(scale), len(params))
-            for (group, params), scale in zip(self._groups, self._scales, strict=True)
-        ]
+    def gram(self, matrices: Iterable[Tensor]) -> Tensor:
+        """All ⟨a, b⟩ in the groups' metric, in float64 on the CPU, of vectors given as rows for each parameter."""
+        first, products = self.params[0].device, []
+        for rows, lr in zip(matrices, self._rates, strict=True):
+            products.append((rows @ rows.T).to(first, torch.float64) / lr)
+        return torch.stack(products).sum(0).cpu()
 
     def _called(self) -> float:
         self.evaluations += 1
@@ -136,6 +149,19 @@ class Composite:
 
     def _grads(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self.params]
+
+
+def _parts(stepped: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> Iterator[_Part]:
+    """One part for each group of which something is stepped."""
+    at = 0
+    for group, params in stepped:
+        if not params:
+            continue
+        scale, penalty = float(group["strength_scale"]), group["penalty"]
+        if penalty is not None:
+            penalty = acting(penalty, group, params)
+        yield _Part(slice(at, at + len(params)), float(group["lr"]), scale, penalty, penalty and penalty.scaled(scale))
+        at += len(params)
 
 
 def difference(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from torchreg.optim.anderson import History
 from torchreg.optim.composite import Composite, Point, difference
 from torchreg.optim.groups import checked_penalty, checked_scale
 from torchreg.optim.penalized import PenalizedOptimizer
@@ -26,7 +27,8 @@ _PATIENCE = 4
 _LONGEST = 30
 """Iterations without momentum, however well they go."""
 _ATTEMPTS = 60
-_FRESH = {"momentum": 1.0, "pull": 0.0, "step_size": 1.0, "refused": 0, "spectral": 0, "steepest": 0.0, "highest": 0.0}
+_FRESH = {"momentum": 1.0, "pull": 0.0, "step_size": 1.0, "residual_step": 1.0, "refused": 0, "spectral": 0}
+_HIGHEST = {"steepest": 0.0, "highest": 0.0}
 _REPORT = {"n_iter": 0, "n_evaluations": 0, "kkt_residual": math.nan, "converged": False}
 
 
@@ -46,13 +48,23 @@ class FISTA(PenalizedOptimizer):
     problem is well conditioned, nothing is faster. After four steps that are refused, or 30 that are not, β = 1, and τ
     is shortened where τL > 1.1 (or > 1, if the objective rises). The momentum restarts (β = 0 once) where it points
     uphill, ⟨y − x_{k+1}, x_{k+1} − x_k⟩ > 0; and a step that would raise the objective is taken back and repeated
-    without momentum. So the objective never rises: penalties and losses that aren't convex are allowed, and lead to a
-    stationary point.
+    without momentum.
+
+    Before that, from two points on, an iteration tries where the last points lead to (Anderson's extrapolation):
+
+    .. math::
+        x_{k+1} = \operatorname{prox}_{\tau_k s R}\Big(\sum_i a_i\,(x_i - \tau_k \nabla f(x_i))\Big), \quad
+        a = \operatorname*{argmin}_{\sum a_i = 1}\Big\|\sum_i a_i\,(x_i - \operatorname{prox}_{\tau s R}
+        (x_i - \tau\nabla f(x_i)))\Big\|
+
+    which is taken if the objective falls by a hundredth of what proximal gradient would promise; else the points but
+    the last are forgotten. Once the zeros are found this is close to conjugate gradients on the rest. So the objective
+    never rises: penalties and losses that aren't convex are allowed, and lead to a stationary point.
 
     ``step(closure)`` is a whole solve: it iterates until the optimality conditions hold, and the next call goes on from
     there. The closure is that of `torch.optim.LBFGS`: it zeroes the gradients, computes f over all data *without* the
-    penalty, calls backward and returns f. It is called about once an iteration, with momentum twice. Each iteration
-    waits for the device.
+    penalty, calls backward and returns f. It is called about once an iteration, with momentum two or three times. Each
+    iteration waits for the device.
 
     Args:
         params: parameters, named parameters or param groups; see `Regularizer.param_groups`.
@@ -65,6 +77,8 @@ class FISTA(PenalizedOptimizer):
         backtracking: False keeps τ = lr, which must be at most 1/L then.
         restart: False keeps the momentum of the original, β_k = (t_k − 1)/t_{k+1} with t_1 = 1 and
             t_{k+1} = ½ + ½√(1 + 4·t_k²·τ_{k−1}/τ_k), from the start; the objective may ripple then.
+        history_size: how many points the extrapolation sees; each costs the memory of three times the weights. 0 does
+            without, and so does restart=False.
 
     ``state_dict()`` holds numbers, strings and tensors only, and loads with ``torch.load(weights_only=True)``.
 
@@ -92,10 +106,12 @@ class FISTA(PenalizedOptimizer):
     SIAM J. Sci. Comput., 2022, after O'Donoghue and Candès, Adaptive restart for accelerated gradient schemes, Found.
     Comput. Math., 2015; long steps: Wright, Nowak and Figueiredo, Sparse reconstruction by separable approximation,
     IEEE Trans. Signal Process., 2009; growing steps with momentum: Scheinberg, Goldfarb and Bai, Found. Comput. Math.,
-    2014; the safeguard: Li and Lin, NeurIPS 2015.
+    2014; the safeguard: Li and Lin, NeurIPS 2015; the extrapolation: Mai and Johansson, Anderson acceleration of
+    proximal gradient methods, ICML, 2020.
     """
 
     _required = ("lr", "max_iter", "tolerance_kkt", "backtracking", "restart")
+    _later: ClassVar = {"history_size": 0}
     _origin = "FISTA"
     _buffers = ("previous",)
 
@@ -110,6 +126,7 @@ class FISTA(PenalizedOptimizer):
         strength_scale: float | Tensor = 1.0,
         backtracking: bool = True,
         restart: bool = True,
+        history_size: int = 7,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -119,8 +136,18 @@ class FISTA(PenalizedOptimizer):
             "strength_scale": strength_scale,
             "backtracking": backtracking,
             "restart": restart,
+            "history_size": history_size,
         }
         super().__init__(params, defaults)
+
+    def _loaded(self, state_dict: Mapping[str, Any]) -> None:
+        for p, entries in self.state.items():
+            kept = entries.get("history")
+            if kept is not None and (kept.ndim < 2 or len(kept) == 0 or kept.shape[1:] != (2, *p.shape)):
+                raise ValueError(
+                    f"The state dict's history of a parameter of shape {tuple(p.shape)} has the shape "
+                    f"{tuple(kept.shape)}, not (points, 2, ...)."
+                )
 
     @property
     def n_iter(self) -> int:
@@ -163,23 +190,33 @@ class FISTA(PenalizedOptimizer):
             checked_scale(group["strength_scale"])
             self._check_group(group)
         problem = Composite(self.param_groups, closure)
-        solve = _Solve(problem, self._numbers(), self._previous(problem), first)
+        numbers = self._numbers()
+        history = self._history(problem, first, numbers["residual_step"])
+        solve = _Solve(problem, numbers, self._previous(problem), history, first)
         try:
             solve.run(first["max_iter"], first["tolerance_kkt"])
         finally:
             problem.put(solve.x.weights, solve.x.grads)
             for p, w in zip(problem.params, solve.previous, strict=True):
                 self.state[p]["previous"] = w
-            self.state[first["params"][0]].update(solve.numbers, n_evaluations=problem.evaluations)
+            for p, kept in zip(problem.params, history.pack(solve.x), strict=False):
+                self.state[p]["history"] = kept
+            numbers.update(n_evaluations=problem.evaluations, residual_step=history.step)
+            self.state[first["params"][0]].update(numbers)
         return torch.tensor(solve.x.loss, dtype=problem.params[0].dtype.to_real())
 
     def _previous(self, problem: Composite) -> list[Tensor]:
         return [self.state[p].get("previous", w) for p, w in zip(problem.params, problem.start.weights, strict=True)]
 
+    def _history(self, problem: Composite, settings: Mapping[str, Any], step: float) -> History:
+        history = History(problem, settings["history_size"] if settings["restart"] else 0, step)
+        history.unpack([self.state[p].get("history") for p in problem.params])
+        return history
+
     def _first_group(self) -> dict[str, Any]:
         """The group whose settings are those of the solve."""
         first = next((group for group in self.param_groups if group["params"]), self.param_groups[0])
-        for key in ("max_iter", "tolerance_kkt", "backtracking", "restart"):
+        for key in ("max_iter", "tolerance_kkt", "backtracking", "restart", "history_size"):
             if any(group[key] != first[key] for group in self.param_groups):
                 raise ValueError(f"Expected `{key}` to be the same in all param groups: it is of the whole solve.")
         return first
@@ -187,7 +224,7 @@ class FISTA(PenalizedOptimizer):
     def _numbers(self) -> dict[str, Any]:
         """The numbers of the solve, which are in the state of the first parameter."""
         state = self.state.get(self._first_group()["params"][0], {})
-        fresh = {**_FRESH, **_REPORT}
+        fresh = {**_FRESH, **_HIGHEST, **_REPORT}
         return {key: state.get(key, value) for key, value in fresh.items()}
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
@@ -204,10 +241,11 @@ class FISTA(PenalizedOptimizer):
             raise ValueError(f"Invalid learning rate: {group['lr']}; FISTA needs a positive one to begin with.")
         if not group["tolerance_kkt"] >= 0:
             raise ValueError(f"Expected `tolerance_kkt` to be a non-negative number, got {group['tolerance_kkt']}.")
-        if isinstance(group["max_iter"], bool) or not isinstance(group["max_iter"], numbers.Integral):
-            raise TypeError(f"Expected `max_iter` to be an integer of at least 1, got {group['max_iter']!r}.")
-        if group["max_iter"] < 1:
-            raise ValueError(f"Expected `max_iter` to be an integer of at least 1, got {group['max_iter']}.")
+        for key, least in (("max_iter", 1), ("history_size", 0)):
+            if isinstance(group[key], bool) or not isinstance(group[key], numbers.Integral):
+                raise TypeError(f"Expected `{key}` to be an integer of at least {least}, got {group[key]!r}.")
+            if group[key] < least:
+                raise ValueError(f"Expected `{key}` to be an integer of at least {least}, got {group[key]}.")
         checked_penalty(group["penalty"])
         checked_scale(group["strength_scale"])
 
@@ -224,7 +262,12 @@ class _Solve:
     """One call of ``step``: the present point x, the one before, and the numbers that go into the state."""
 
     def __init__(
-        self, problem: Composite, numbers: dict[str, Any], previous: list[Tensor], settings: Mapping[str, Any]
+        self,
+        problem: Composite,
+        numbers: dict[str, Any],
+        previous: list[Tensor],
+        history: History,
+        settings: Mapping[str, Any],
     ) -> None:
         self.problem = problem
         self.x = problem.start
@@ -232,13 +275,16 @@ class _Solve:
         self.numbers = numbers
         self._backtracking, self._restart = settings["backtracking"], settings["restart"]
         self._value = problem.objective(self.x)
-        self._noise = 10 * max(torch.finfo(p.dtype).eps for p in problem.params)
+        self.history = history
+        self._noise = 10 * problem.noise
 
     def run(self, max_iter: int, tolerance: float) -> None:
         state = self.numbers
         state["n_iter"] = 0
         while not self._is_optimal(tolerance) and state["n_iter"] < max_iter:
             state["n_iter"] += 1
+            if self._leap():
+                continue
             y = self._extrapolated()
             new, curvature = self._forward_backward(y)
             if y is not self.x and self._restart and self._rises(new):
@@ -248,11 +294,8 @@ class _Solve:
             if self.problem.dot(moved, moved) == 0 and y is self.x:
                 break  # nothing moves any more: as near as the arithmetic comes
             uphill = self.problem.dot(difference(y.weights, new.weights), moved, metric=True) > 0
-            self.previous, self.x, self._value = self.x.weights, new, self.problem.objective(new)
             before = state["step_size"]
-            if self._backtracking:
-                longest = 1 / curvature if curvature > 0 else math.inf
-                state["step_size"] = min(longest, 10 * before)
+            self._move(new, curvature)
             if self._restart:
                 state["spectral"] += self._is_spectral()
                 state["pull"] = 0.0 if uphill or self._is_spectral() else 1.0
@@ -273,6 +316,32 @@ class _Solve:
         """Whether steps are as long as the last curvature allows, without momentum, while the objective falls."""
         state = self.numbers
         return self._backtracking and self._restart and state["refused"] < _PATIENCE and state["spectral"] < _LONGEST
+
+    def _leap(self) -> bool:
+        """Take the step from where the last points lead to; False if there are too few or it lowers nothing."""
+        self._shorten_for_penalties()
+        step = self.numbers["step_size"]
+        self.history.add(self.x, step)
+        found = self.history.mixed()
+        if found is None:
+            self.history.forget()
+            return False
+        mix, fall = found
+        new = self.problem.at(self.problem.forward_backward(mix, step))
+        way = difference(new.weights, self.x.weights)
+        length = self.problem.dot(way, way, metric=True)
+        if length == 0 or not math.isfinite(new.loss) or self._rises(new, _DECREASE * fall):
+            self.history.forget()
+            return False
+        self._move(new, self._curvature(way, length, self.x, new))
+        return True
+
+    def _move(self, new: Point, curvature: float) -> None:
+        """Let that be the present point; the next step is as long as the curvature on the way to it allows."""
+        self.previous, self.x, self._value = self.x.weights, new, self.problem.objective(new)
+        if self._backtracking:
+            longest = 1 / curvature if curvature > 0 else math.inf
+            self.numbers["step_size"] = min(longest, 10 * self.numbers["step_size"])
 
     def _extrapolated(self) -> Point:
         """y, or x where there is no momentum or it leads to where f is not finite."""
