@@ -300,6 +300,8 @@ def solve_one(problem: Problem, strength: Strength, limit: int, start: Tensor | 
         before, stage = stage.l1, _next(stage.l1, strength, _ratio(check, steps))
     while True:
         checked = check.followed_by(w, strength)
+        if checked is None and working.is_small and check.strengths[0] is not strength:
+            checked = Check(working, [w], [strength])  # after so long a way some are surely missing
         if checked is None or not checked.violated()[0] or steps >= limit:
             w, residual = working.refined(w, strength)
             checked = Check(working, [w], [strength], residual)
