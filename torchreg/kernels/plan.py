@@ -236,6 +236,6 @@ class Plan:
             self._filled.add(name)
 
 
-def identical(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether two lists hold the same tensors."""
+def identical(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two sequences hold the same objects."""
     return len(a) == len(b) and all(map(operator.is_, a, b))

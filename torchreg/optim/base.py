@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 from torch.utils.hooks import RemovableHandle
 
 from torchreg import kernels
+from torchreg.kernels.plan import identical
 from torchreg.optim.groups import acting, checked_penalty, checked_scale
 from torchreg.optim.preview import previewed
 from torchreg.optim.settling import RowStep, SettlingOptimizer
@@ -52,10 +52,6 @@ class _KnownStep(NamedTuple):
     values: list[Any]
     numbers: list[float | None]
     step: Any
-
-    def values_are(self, others: list[Any]) -> bool:
-        """Whether these are the same objects."""
-        return len(self.values) == len(others) and all(map(operator.is_, self.values, others))
 
 
 Hook = Callable[[Optimizer, list[ProxPoint]], None]
@@ -187,10 +183,10 @@ class ProximalOptimizer(SettlingOptimizer):
         values = list(group.values())
         numbers = [_host_number(value) for value in values if isinstance(value, Tensor)]
         known = self._known_steps.get(index)
-        if known is not None and known.values_are(values) and known.numbers == numbers:
+        if known is not None and identical(known.values, values) and known.numbers == numbers:
             return known.step
         step = self._hyperparameters(group)
-        readable = not numbers or not (None in numbers or group.get("capturable"))
+        readable = None not in numbers and not (numbers and group.get("capturable"))
         if readable and all(_is_fixed(value) for key, value in group.items() if key not in ("params", "param_names")):
             self._known_steps[index] = _KnownStep(values, numbers, step)
         return step
