@@ -15,10 +15,11 @@ from torchreg.linear.lasso.problem import Strength
 from torchreg.linear.quadratic.newton import CROSSINGS, MANY, SHARES, SLACK
 
 _COARSE = 5e-2  # of the strength: an error of the gradient that is small enough to look for other groups
-_CLOSE = 1e-3  # of it: what coordinate descent is asked for before Newton steps, which square it
+_CLOSE = 1e-4  # of it: what coordinate descent is asked for before Newton steps, which square it
 _FINE = 1e-10  # of the largest moment
 _ROUNDING = 1e-8  # from here on an error that Newton steps no longer lower is rounding
 _SWEEPS = 30  # of coordinate descent, before Newton steps
+_COLUMNS_PER_SWEEP = 10  # more sweeps for more columns: a Newton step costs as many as a third of these
 _PER_STEP = 10  # of them, for one step that users allow
 _QUICK = 0.1  # of the error may be left by a step for the next one to use the same Hessian
 _BACKWARDS = 40  # halvings of a step
@@ -68,7 +69,8 @@ def minimise(
     w, steps = torch.zeros_like(moment) if start is None else start.clone(), 0
     if gram.device.type == "cpu" and block_descent.unavailable() is None:
         least = (_COARSE if coarse else _CLOSE) * strength.l1 * float(blocks.weights.min())
-        w, sweeps = block_descent.sweep(gram, moment, blocks, strength, w, least, min(limit * _PER_STEP, _SWEEPS))
+        most = min(limit * _PER_STEP, max(_SWEEPS, len(gram) // _COLUMNS_PER_SWEEP))
+        w, sweeps = block_descent.sweep(gram, moment, blocks, strength, w, least, most)
         steps = math.ceil(sweeps / _PER_STEP)
         if coarse or steps >= limit:
             return BlockMinimum(w, steps, None)
