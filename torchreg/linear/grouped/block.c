@@ -35,6 +35,32 @@ static void bound(const Problem *p) {
     }
 }
 
+/* Take what a group's coefficients have changed by out of the pull. Four rows at a time: one after the other they don't
+   fill the ways to memory. */
+static void carry(const Problem *p, int64_t first, int64_t size) {
+    int64_t a = 0;
+    for (; a + 4 <= size; a += 4) {
+        const double *row[4];
+        for (int i = 0; i < 4; i++) row[i] = p->gram + p->member[first + a + i] * p->stride;
+        for (int64_t t = 0; t < p->targets; t++) {
+            const double *d = p->change + t * size + a;
+            double *pull = p->pull + t * p->k, d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
+#pragma omp simd
+            for (int64_t j = 0; j < p->k; j++)
+                pull[j] -= (d0 * row[0][j] + d1 * row[1][j]) + (d2 * row[2][j] + d3 * row[3][j]);
+        }
+    }
+    for (; a < size; a++) {
+        const double *row = p->gram + p->member[first + a] * p->stride;
+        for (int64_t t = 0; t < p->targets; t++) {
+            double *pull = p->pull + t * p->k, d = p->change[t * size + a];
+            if (d == 0) continue;
+#pragma omp simd
+            for (int64_t j = 0; j < p->k; j++) pull[j] -= d * row[j];
+        }
+    }
+}
+
 /* One group's step, with the others held; how far its gradient moves. */
 static double update(const Problem *p, int64_t g) {
     int64_t first = p->starts[g], size = p->starts[g + 1] - first;
@@ -51,20 +77,14 @@ static double update(const Problem *p, int64_t g) {
     }
     double norm = sqrt(square);
     double scale = norm > p->strength[g] ? (1 - p->strength[g] / norm) / curvature : 0;
-    for (int64_t a = 0; a < size; a++) {
-        int64_t i = p->member[first + a];
-        const double *row = p->gram + i * p->stride;
+    for (int64_t a = 0; a < size; a++)
         for (int64_t t = 0; t < p->targets; t++) {
-            double *here = p->w + t * p->k + i;
-            double value = scale * p->change[t * size + a], d = value - *here;
-            if (d == 0) continue;
+            double *here = p->w + t * p->k + p->member[first + a], value = scale * p->change[t * size + a];
+            p->change[t * size + a] = value - *here;
+            moved += (value - *here) * (value - *here);
             *here = value;
-            moved += d * d;
-            double *pull = p->pull + t * p->k;
-#pragma omp simd
-            for (int64_t j = 0; j < p->k; j++) pull[j] -= d * row[j];
         }
-    }
+    if (moved > 0) carry(p, first, size);
     return sqrt(moved) * curvature;
 }
 
