@@ -15,6 +15,8 @@ from sklearn.datasets import load_iris
 import torchreg
 from torchreg.linear import GroupLasso, Lasso, MultiTaskLasso
 from torchreg.linear.grouped import descent as block_descent
+from torchreg.linear.grouped.blocks import Blocks
+from torchreg.linear.lasso.problem import Strength
 
 SIZES = {"wide": 5, "tall": 3, "correlated": 4, "scaled": 6}
 PAGE = Path(__file__).parent.parent / "docs/linear.md"
@@ -61,6 +63,27 @@ def test_the_gap_is_rounding(name: str, fraction: float, compiled: bool, monkeyp
     assert model.dual_gap_ == pytest.approx(0, abs=1e-13 * y.var())
     for g in np.unique(groups):
         assert len(set(model.coef_[groups == g] != 0)) == 1  # together
+
+
+@pytest.mark.skipif(block_descent.unavailable() is not None, reason="no compiler")
+def test_sweeps_that_are_extrapolated_end_at_the_same_minimum_in_half_the_number(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 120, generator=generator, dtype=torch.float64).cumsum(1)
+    x -= x.mean(0)
+    gram, moment = x.T @ x / 100, (x @ torch.randn(120, 2, generator=generator, dtype=torch.float64)).T @ x / 100
+    blocks = Blocks(torch.arange(120) // 4, torch.ones(30, dtype=torch.float64))
+    strength = Strength(0.01 * float(blocks.norms(moment).max()), 0.1)
+    found, counts = [], []
+    for extrapolates in (True, False):
+        if not extrapolates:
+            monkeypatch.setattr(block_descent._State, "extrapolate", lambda _: None)
+        start = torch.zeros_like(moment)
+        w, sweeps = block_descent.sweep(gram, moment, blocks, strength, start, 1e-9 * strength.l1, 100_000)
+        found.append(w)
+        counts.append(sweeps)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-7 * float(found[1].abs().max()))
+    assert torch.equal(*(blocks.norms(w) > 0 for w in found))
+    assert 2 * counts[0] <= counts[1] < 100_000
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.1, 0.02])

@@ -2,9 +2,6 @@
 
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
-
-enum { INNER = 8 }; /* sweeps over the groups that are not zero, for one over all */
 
 typedef struct {
     int64_t k, stride, targets, groups;
@@ -17,7 +14,7 @@ typedef struct {
     double *change;    /* targets × the size of the largest group */
 } Problem;
 
-static void bound(const Problem *p) {
+void torchreg_block_bounds(const Problem *p) {
     for (int64_t g = 0; g < p->groups; g++) {
         double most = 0, squares = 0;
         for (int64_t a = p->starts[g]; a < p->starts[g + 1]; a++) {
@@ -95,30 +92,13 @@ static int alive(const Problem *p, int64_t g) {
     return 0;
 }
 
-/* Sweep until no group's gradient moves by more than `least`, or the limit. The number of sweeps. */
-int64_t torchreg_block_sweeps(int64_t k, int64_t stride, int64_t targets, int64_t groups, const double *gram,
-                              const int64_t *starts, const int64_t *member, const double *strength, double l2,
-                              double *w, double *pull, double *curvature, double *change, double least, int64_t limit) {
-    Problem p = {k, stride, targets, groups, gram, starts, member, strength, l2, w, pull, curvature, change};
-    bound(&p);
-    int64_t sweeps = 0;
-    while (sweeps < limit) {
-        double most = 0;
-        for (int64_t g = 0; g < groups; g++) {
-            double moved = update(&p, g);
-            if (moved > most) most = moved;
-        }
-        sweeps++;
-        if (!(most > least)) break;
-        for (int inner = 0; inner < INNER && sweeps < limit; inner++, sweeps++) {
-            most = 0;
-            for (int64_t g = 0; g < groups; g++) {
-                if (!alive(&p, g)) continue;
-                double moved = update(&p, g);
-                if (moved > most) most = moved;
-            }
-            if (!(most > least)) break;
-        }
+/* One step of each group, or of those that are not zero. How far a group's gradient moves at most. */
+double torchreg_block_sweep(const Problem *p, int64_t only_alive) {
+    double most = 0;
+    for (int64_t g = 0; g < p->groups; g++) {
+        if (only_alive && !alive(p, g)) continue;
+        double moved = update(p, g);
+        if (moved > most) most = moved;
     }
-    return sweeps;
+    return most;
 }

@@ -15,7 +15,7 @@ from torchreg.linear.lasso.problem import Strength
 from torchreg.linear.quadratic.newton import CROSSINGS, MANY, SHARES, SLACK
 
 _COARSE = 5e-2  # of the strength: an error of the gradient that is small enough to look for other groups
-_CLOSE = 1e-4  # of it: what coordinate descent is asked for before Newton steps, which square it
+_CLOSE = 1e-5  # of it: what coordinate descent is asked for before Newton steps, which square it
 _FINE = 1e-10  # of the largest moment
 _ROUNDING = 1e-8  # from here on an error that Newton steps no longer lower is rounding
 _SWEEPS = 30  # of coordinate descent, before Newton steps
