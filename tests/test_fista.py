@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import torchreg
 from torchreg import FISTA, L1, MCP, SCAD, ElasticNet, ProxSGD, Regularizer
+from torchreg.optim.anderson import History
+from torchreg.optim.composite import Composite, difference
 
 FRACTIONS = [1 / 3, 1 / 10, 1 / 30]
 fractions = pytest.mark.parametrize("fraction", FRACTIONS, ids=["1/3", "1/10", "1/30"])
@@ -318,20 +320,112 @@ def test_a_strength_that_moves_between_calls_is_followed():
         assert_solved(problem.w.detach(), fraction, "L1")
 
 
-def test_another_loss_between_calls_makes_a_new_beginning_of_the_last_points():
-    gram, moment, rest = quadratic()
-    problem = Quadratic(gram, moment, rest)
-    opt = FISTA([problem.w], penalty=penalty_at(1 / 10, "L1"), max_iter=6)
+@torch.no_grad()
+def composite(history_size: int = 3) -> tuple[Composite, History]:
+    """Two groups with steps of their own, one of them complex, and a history of three points."""
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        nn.Parameter(torch.randn(4, 3, generator=generator, dtype=dtype)) for dtype in (torch.float64, torch.complex128)
+    ]
+
+    def closure() -> Tensor:
+        for p in params:
+            p.grad = p.detach() * 2
+        return sum((p.detach().abs() ** 2).sum() for p in params)
+
+    groups = [
+        {"params": [p], "lr": lr, "penalty": L1(0.1), "strength_scale": 1.0}
+        for p, lr in zip(params, (0.1, 0.3), strict=True)
+    ]
+    problem = Composite(groups, closure)
+    history = History(problem, history_size, 0.5)
+    for i in range(3):
+        history.add(problem.at([w + i * w.sin() + i * i * w.cos() for w in problem.start.weights]), 0.5)
+    return problem, history
+
+
+def test_the_last_points_are_combined_in_the_groups_metric():
+    problem, history = composite()
+    assert len(history.points) == 3
+    residuals = [difference(p.weights, problem.forward_backward(p, 0.5)) for p in history.points]
+    mix, fall = history.mixed()
+    assert fall == pytest.approx(problem.dot(residuals[-1], residuals[-1], metric=True))  # over 2·½
+
+    def length(a: float, b: float) -> float:
+        combined = [a * x + b * y + (1 - a - b) * z for x, y, z in zip(*residuals, strict=True)]
+        return problem.dot(combined, combined, metric=True)
+
+    weights = [torch.view_as_real(w) if w.is_complex() else w for w in mix.weights]
+    points = [[torch.view_as_real(w) if w.is_complex() else w for w in p.weights] for p in history.points]
+    columns = torch.stack([torch.cat([w.flatten() for w in p]) for p in points], 1)
+    shares = torch.linalg.lstsq(columns, torch.cat([w.flatten() for w in weights])[:, None]).solution.flatten()
+    assert shares.sum().item() == pytest.approx(1)
+    a, b = shares[:2].tolist()
+    for da, db in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01)):
+        assert length(a, b) < length(a + da, b + db)
+
+
+@pytest.mark.parametrize("changed", ["weights", "grads", "nothing"])
+def test_points_are_kept_between_calls_where_the_problem_is_the_same(changed):
+    problem, history = composite()
+    last = history.points[-1]
+    kept = history.pack(last)
+    problem.start = copy.deepcopy(last)
+    if changed != "nothing":
+        getattr(problem.start, changed)[1][2, 1] += 1e-3
+    resumed = History(problem, 3, 0.5)
+    resumed.unpack(kept)
+    assert len(resumed.points) == (2 if changed == "nothing" else 0)
+
+
+def test_points_are_dropped_where_none_are_asked_for():
+    problem = Quadratic(*quadratic())
+    opt = FISTA([problem.w], penalty=penalty_at(1 / 10, "L1"), max_iter=4)
     opt.step(problem)
-    assert opt.state[problem.w]["history"].shape == (7, 2, 500)
-    problem.moment = -moment
-    opt.param_groups[0]["max_iter"] = 1
+    assert opt.state[problem.w]["history"].shape == (5, 2, 500)
+    opt.param_groups[0]["history_size"] = 0
     opt.step(problem)
-    assert opt.state[problem.w]["history"].shape == (2, 2, 500)
-    opt.param_groups[0]["max_iter"] = 1000
-    opt.step(problem)
+    assert "history" not in opt.state[problem.w]
+
+
+def test_a_constant_that_hides_the_falls_of_the_loss_does_not_stall_it():
+    generator = torch.Generator().manual_seed(73634)
+    x = torch.randn(40, 60, generator=generator, dtype=torch.float64)
+    true = torch.zeros(60, dtype=torch.float64)
+    true[:5] = 3 * torch.randn(5, generator=generator, dtype=torch.float64)
+    y = x @ true + torch.randn(40, generator=generator, dtype=torch.float64)
+    penalty = MCP(0.03 * (x.T @ y / 40).abs().max().item(), gamma=3.0)
+    w, x, y = nn.Parameter(torch.zeros(60)), x.float(), y.float()
+    opt = solved(
+        [w],
+        lambda: (x @ w - y).square().sum() / 80 + 1e6,
+        lr=100.0,
+        penalty=penalty,
+        tolerance_kkt=1e-5,
+        max_iter=2000,
+    )
     assert opt.converged
-    assert_solved(-problem.w.detach(), 1 / 10, "L1")
+
+
+def test_single_iterations_add_up_where_weights_are_not_contiguous():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 33, generator=generator, dtype=torch.float64) * torch.logspace(0, -1.5, 33, dtype=torch.float64)
+    y = torch.randn(60, 57, generator=generator, dtype=torch.float64)
+    found = []
+    for calls in (1, 30):
+        w = nn.Parameter(torch.zeros(57, 33, dtype=torch.float64).t())
+        opt = FISTA([w], penalty=torchreg.GroupLasso(0.002, "rows"), max_iter=30 // calls, tolerance_kkt=1e-12)
+
+        def closure(w: Tensor = w, opt: FISTA = opt) -> Tensor:
+            opt.zero_grad()
+            loss = (x @ w - y).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(calls):
+            opt.step(closure)
+        found.append(w.detach())
+    assert torch.equal(*found)
 
 
 def test_a_loss_that_is_not_finite_everywhere_is_stayed_away_from():
@@ -432,8 +526,10 @@ def test_resuming_is_exact(how):
         (lambda s: s["state"][0].update(previous=torch.ones(3)), ValueError),
         (lambda s: s["state"][0].update(history=torch.ones(3, 2, 499)), ValueError),
         (lambda s: s["state"][0].update(history=torch.ones(500)), ValueError),
+        (lambda s: s["state"][0].update(history="yes"), TypeError),
+        (lambda s: s["state"][0].update(history=torch.ones(3, 2, 500).to_sparse()), TypeError),
     ],
-    ids=["other optimizer", "learning rate", "penalty", "shape", "history", "history without points"],
+    ids=["other optimizer", "learning rate", "penalty", "shape", "history", "no points", "no tensor", "sparse"],
 )
 def test_a_wrong_checkpoint_is_refused_and_changes_nothing(spoil, error):
     problem = Quadratic(*quadratic())
@@ -531,6 +627,9 @@ def test_half_precision_and_settings_that_differ_between_groups():
     params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     opt = FISTA([{"params": params[:1]}, {"params": params[1:], "max_iter": 3}])
     with pytest.raises(ValueError, match=r"max_iter.*same in all"):
+        opt.step(lambda: None)
+    opt = FISTA([{"params": params[:1]}, {"params": params[1:], "history_size": 3}])
+    with pytest.raises(ValueError, match=r"history_size.*same in all"):
         opt.step(lambda: None)
     with pytest.raises(ValueError, match="Unknown key"):
         FISTA([{"params": params, "momentum": 0.9}])

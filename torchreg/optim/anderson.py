@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -36,9 +37,14 @@ class History:
 
         Empty if no points are kept.
         """
-        points = [*(p for p in self.points if p is not last), last][-self._size :] if self._size else []
-        pairs = ([torch.stack(pair) for pair in zip(p.weights, p.grads, strict=True)] for p in points)
-        return [torch.stack(kept) for kept in zip(*pairs, strict=True)]
+        if self._size == 0:
+            return []
+        points = [*(p for p in self.points if p is not last), last][-self._size :]
+        kept = [w.new_empty(len(points), 2, *w.shape) for w in last.weights]
+        for i, point in enumerate(points):
+            for t, w, g in zip(kept, point.weights, point.grads, strict=True):
+                t[i, 0], t[i, 1] = w, g
+        return kept
 
     def unpack(self, kept: Sequence[Tensor | None]) -> None:
         """Go on from there, if the problem starts where it ended: the last point is left out, as it is to be added."""
@@ -47,7 +53,12 @@ class History:
             return
         start = self._problem.start
         *points, last = (
-            Point([t[i, 0] for t in tensors], math.nan, [t[i, 1] for t in tensors]) for i in range(len(tensors[0]))
+            Point(
+                _laid_out(start.weights, [t[i, 0] for t in tensors]),
+                math.nan,
+                _laid_out(start.grads, [t[i, 1] for t in tensors]),
+            )
+            for i in range(len(tensors[0]))
         )
         if all(map(torch.equal, [*last.weights, *last.grads], [*start.weights, *start.grads])):
             self.points, self._residuals = points, []
@@ -91,10 +102,17 @@ class History:
         return difference(point.weights, self._problem.forward_backward(point, self.step))
 
 
+def _laid_out(likes: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that lie in memory as others do, so that sums over them are rounded alike."""
+    return [torch.empty_like(like).copy_(t) for like, t in zip(likes, values, strict=True)]
+
+
 def _turns(residuals: Sequence[Tensor]) -> Tensor:
     """By what each residual differs from the one before, and the last one, as rows."""
     rows = torch.stack([(torch.view_as_real(r) if r.is_complex() else r).flatten() for r in residuals])
-    return torch.cat([rows.diff(dim=0), rows[-1:]])
+    for row, after in itertools.pairwise(rows):
+        torch.sub(after, row, out=row)
+    return rows
 
 
 def _combined(lists: Sequence[list[Tensor]], shares: Sequence[float]) -> list[Tensor]:

@@ -134,10 +134,13 @@ class Composite:
 
     def gram(self, matrices: Iterable[Tensor]) -> Tensor:
         """All ⟨a, b⟩ in the groups' metric, in float64 on the CPU, of vectors given as rows for each parameter."""
-        first, products = self.params[0].device, []
+        first = self.params[0].device
+        dtype = torch.float64 if any(p.dtype.to_real() == torch.float64 for p in self.params) else torch.float32
+        products = []
         for rows, lr in zip(matrices, self._rates, strict=True):
-            products.append((rows @ rows.T).to(first, torch.float64) / lr)
-        return torch.stack(products).sum(0).cpu()
+            with torch.autocast(rows.device.type, enabled=False):
+                products.append(((rows @ rows.T) / lr).to(first, dtype))
+        return torch.stack(products).sum(0).cpu().double()
 
     def _called(self) -> float:
         self.evaluations += 1

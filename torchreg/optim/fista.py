@@ -27,8 +27,13 @@ _PATIENCE = 4
 _LONGEST = 30
 """Iterations without momentum, however well they go."""
 _ATTEMPTS = 60
-_FRESH = {"momentum": 1.0, "pull": 0.0, "step_size": 1.0, "residual_step": 1.0, "refused": 0, "spectral": 0}
-_HIGHEST = {"steepest": 0.0, "highest": 0.0}
+_HISTORY_SIZE = 7
+_LESS = 0.9
+"""Of the violations may be left by a leap where the objective is too large for its fall to be seen."""
+_PAUSE = 6
+"""After so many leaps in a row that have been refused, two to that power iterations pass before the next one."""
+_FRESH = {"momentum": 1.0, "pull": 0.0, "step_size": 1.0, "residual_step": 1.0, "steepest": 0.0, "highest": 0.0}
+_COUNTS = {"refused": 0, "spectral": 0, "refused_leaps": 0, "waited": 0}
 _REPORT = {"n_iter": 0, "n_evaluations": 0, "kkt_residual": math.nan, "converged": False}
 
 
@@ -57,14 +62,16 @@ class FISTA(PenalizedOptimizer):
         a = \operatorname*{argmin}_{\sum a_i = 1}\Big\|\sum_i a_i\,(x_i - \operatorname{prox}_{\tau s R}
         (x_i - \tau\nabla f(x_i)))\Big\|
 
-    which is taken if the objective falls by a hundredth of what proximal gradient would promise; else the points but
-    the last are forgotten. Once the zeros are found this is close to conjugate gradients on the rest. So the objective
-    never rises: penalties and losses that aren't convex are allowed, and lead to a stationary point.
+    in the metric of lr, which is taken if the objective falls by a hundredth of what proximal gradient would promise,
+    or, where rounding hides that, the violation of the optimality conditions by a tenth; else the points but the last
+    are forgotten. After r refusals in a row, 2^r − 2 iterations (62 at most) pass before the next try. Once the zeros
+    are found this is close to conjugate gradients on the rest. So the objective never rises, rounding apart: penalties
+    and losses that aren't convex are allowed, and lead to a stationary point.
 
     ``step(closure)`` is a whole solve: it iterates until the optimality conditions hold, and the next call goes on from
     there. The closure is that of `torch.optim.LBFGS`: it zeroes the gradients, computes f over all data *without* the
-    penalty, calls backward and returns f. It is called about once an iteration, with momentum two or three times. Each
-    iteration waits for the device.
+    penalty, calls backward and returns f. It is called about once an iteration, with momentum twice, and once more for
+    each refusal. Each iteration waits for the device.
 
     Args:
         params: parameters, named parameters or param groups; see `Regularizer.param_groups`.
@@ -77,8 +84,8 @@ class FISTA(PenalizedOptimizer):
         backtracking: False keeps τ = lr, which must be at most 1/L then.
         restart: False keeps the momentum of the original, β_k = (t_k − 1)/t_{k+1} with t_1 = 1 and
             t_{k+1} = ½ + ½√(1 + 4·t_k²·τ_{k−1}/τ_k), from the start; the objective may ripple then.
-        history_size: how many points the extrapolation sees; each costs the memory of three times the weights. 0 does
-            without, and so does restart=False.
+        history_size: how many points the extrapolation sees; each takes the memory of four times the weights during a
+            step, and of two times in the state. 0 does without, and so does restart=False.
 
     ``state_dict()`` holds numbers, strings and tensors only, and loads with ``torch.load(weights_only=True)``.
 
@@ -111,7 +118,7 @@ class FISTA(PenalizedOptimizer):
     """
 
     _required = ("lr", "max_iter", "tolerance_kkt", "backtracking", "restart")
-    _later: ClassVar = {"history_size": 0}
+    _later: ClassVar = {"history_size": _HISTORY_SIZE}
     _origin = "FISTA"
     _buffers = ("previous",)
 
@@ -126,7 +133,7 @@ class FISTA(PenalizedOptimizer):
         strength_scale: float | Tensor = 1.0,
         backtracking: bool = True,
         restart: bool = True,
-        history_size: int = 7,
+        history_size: int = _HISTORY_SIZE,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -143,7 +150,11 @@ class FISTA(PenalizedOptimizer):
     def _loaded(self, state_dict: Mapping[str, Any]) -> None:
         for p, entries in self.state.items():
             kept = entries.get("history")
-            if kept is not None and (kept.ndim < 2 or len(kept) == 0 or kept.shape[1:] != (2, *p.shape)):
+            if kept is None:
+                continue
+            if not isinstance(kept, Tensor) or kept.layout is not torch.strided:
+                raise TypeError(f"The state dict's `history` must be a dense tensor, got {_described(kept)}.")
+            if kept.ndim < 2 or len(kept) == 0 or kept.shape[1:] != (2, *p.shape):
                 raise ValueError(
                     f"The state dict's history of a parameter of shape {tuple(p.shape)} has the shape "
                     f"{tuple(kept.shape)}, not (points, 2, ...)."
@@ -209,8 +220,9 @@ class FISTA(PenalizedOptimizer):
         return [self.state[p].get("previous", w) for p, w in zip(problem.params, problem.start.weights, strict=True)]
 
     def _history(self, problem: Composite, settings: Mapping[str, Any], step: float) -> History:
+        kept = {p: self.state[p].pop("history", None) for p in list(self.state)}
         history = History(problem, settings["history_size"] if settings["restart"] else 0, step)
-        history.unpack([self.state[p].get("history") for p in problem.params])
+        history.unpack([kept.get(p) for p in problem.params])
         return history
 
     def _first_group(self) -> dict[str, Any]:
@@ -224,7 +236,7 @@ class FISTA(PenalizedOptimizer):
     def _numbers(self) -> dict[str, Any]:
         """The numbers of the solve, which are in the state of the first parameter."""
         state = self.state.get(self._first_group()["params"][0], {})
-        fresh = {**_FRESH, **_HIGHEST, **_REPORT}
+        fresh = {**_FRESH, **_COUNTS, **_REPORT}
         return {key: state.get(key, value) for key, value in fresh.items()}
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
@@ -256,6 +268,10 @@ class FISTA(PenalizedOptimizer):
                     f"A parameter of shape {tuple(p.shape)} is of {p.dtype}: FISTA compares losses and gradients that "
                     "differ by little, so use float32 or float64."
                 )
+
+
+def _described(value: Any) -> str:
+    return str(value.layout) if isinstance(value, Tensor) else repr(value)[:50]
 
 
 class _Solve:
@@ -318,10 +334,14 @@ class _Solve:
         return self._backtracking and self._restart and state["refused"] < _PATIENCE and state["spectral"] < _LONGEST
 
     def _leap(self) -> bool:
-        """Take the step from where the last points lead to; False if there are too few or it lowers nothing."""
+        """Take the step from where the last points lead to; False if there are too few or it lowers too little."""
         self._shorten_for_penalties()
-        step = self.numbers["step_size"]
+        state = self.numbers
+        step = state["step_size"]
         self.history.add(self.x, step)
+        if state["waited"] < 2 ** min(state["refused_leaps"], _PAUSE) - 2:
+            state["waited"] += 1
+            return False
         found = self.history.mixed()
         if found is None:
             self.history.forget()
@@ -330,11 +350,21 @@ class _Solve:
         new = self.problem.at(self.problem.forward_backward(mix, step))
         way = difference(new.weights, self.x.weights)
         length = self.problem.dot(way, way, metric=True)
-        if length == 0 or not math.isfinite(new.loss) or self._rises(new, _DECREASE * fall):
+        state["waited"] = 0
+        if length == 0 or not math.isfinite(new.loss) or not self._gains(new, _DECREASE * fall):
+            state["refused_leaps"] += 1
             self.history.forget()
             return False
+        state["refused_leaps"] = 0
         self._move(new, self._curvature(way, length, self.x, new))
         return True
+
+    def _gains(self, new: Point, fall: float) -> bool:
+        """Whether the objective falls by so much, or, where that is below its rounding, the violations by a tenth."""
+        if self._rises(new, fall):
+            return False
+        visible = fall > self._noise * self.numbers["highest"]
+        return visible or self.problem.residual(new) <= _LESS * self.numbers["kkt_residual"]
 
     def _move(self, new: Point, curvature: float) -> None:
         """Let that be the present point; the next step is as long as the curvature on the way to it allows."""
