@@ -11,8 +11,8 @@ typedef struct {
     double l2;
     double *w, *pull;  /* targets × k; the pull is (B - WG) */
     double *curvature; /* of each group: a bound on its block's largest eigenvalue, by rows and by squares */
-    double *change;    /* targets × the size of the largest group */
-} Problem;
+    double *change;    /* targets × the size of the largest group: where one goes to, then by how much it has moved */
+} Problem; /* Python's, field by field */
 
 void torchreg_block_bounds(const Problem *p) {
     for (int64_t g = 0; g < p->groups; g++) {

@@ -16,6 +16,7 @@ from torchreg.linear.lasso.problem import Strength
 
 _INNER = 8  # sweeps over the groups that are not zero, for one over all
 _POINTS = 6  # that an extrapolation takes
+_LARGE = 1 << 18  # products of a sweep from which on it costs more than its part of an extrapolation
 _RIDGE = 1e-12  # of the mean square of their differences, which may depend on one another
 
 
@@ -31,7 +32,8 @@ def sweep(
     """Sweeps from w, of shape (targets, k), on the CPU, until no group's gradient moves by more than `least`.
 
     Each group takes a proximal gradient step with a bound on its own curvature: the exact minimiser for a group of one
-    column. After every five sweeps they go on from where the last points lead to, if the objective is less there.
+    column. After every five sweeps, if these are large, they go on from where the last points lead to, if the objective
+    is less there.
 
     Returns:
         The new coefficients, and the number of sweeps.
@@ -40,15 +42,16 @@ def sweep(
     Mathematical Programming Computation, 2013; Bertrand and Massias, Anderson acceleration of coordinate descent,
     AISTATS, 2021.
     """
-    state, sweeps = _State(gram, moment, blocks, strength, w), 0
+    state, sweeps, since_all = _State(gram, moment, blocks, strength, w), 0, 0
+    extrapolates = w.numel() * len(gram) >= _LARGE
     while sweeps < limit:
-        for inner in range(min(1 + _INNER, limit - sweeps)):
-            sweeps += 1
-            if not state.sweep(only_alive=inner > 0) > least:
-                break
-            state.extrapolate()
-        if inner == 0:
+        sweeps += 1
+        settled = not state.sweep(only_alive=since_all > 0) > least  # also where nothing is a number
+        if settled and since_all == 0:
             break
+        since_all = 0 if settled or since_all == _INNER else since_all + 1
+        if extrapolates and not settled:
+            state.extrapolate()
     return state.w + 0.0, sweeps
 
 
@@ -65,17 +68,22 @@ class _State:
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         member = torch.argsort(blocks.labels, stable=True)
         largest = int(counts.max()) if len(counts) else 0
-        room = self.w.new_empty(len(w), largest), torch.empty_like(self._strengths)
-        self._held = gram, starts, member, self._strengths, self.w, self._pull, *room
-        self._points = [(self.w.clone(), self._pull.clone())]
-        pointers = (t.data_ptr() for t in (gram, starts, member, self._strengths))
-        changed = (t.data_ptr() for t in (self.w, self._pull, room[1], room[0]))
-        self._problem = _Problem(len(gram), gram.stride(0), len(w), blocks.count, *pointers, strength.l2, *changed)
-        _functions()[0](ctypes.byref(self._problem))
+        curvature, change = torch.empty_like(self._strengths), self.w.new_empty(len(w), largest)
+        given, changed = (gram, starts, member, self._strengths), (self.w, self._pull, curvature, change)
+        self._held = given, changed
+        self._points: list[tuple[Tensor, Tensor]] = []
+        self._problem = _Problem(
+            *(len(gram), gram.stride(0), len(w), blocks.count),
+            *(t.data_ptr() for t in given),
+            strength.l2,
+            *(t.data_ptr() for t in changed),
+        )
+        self._bounds, self._sweep = _functions()
+        self._bounds(ctypes.byref(self._problem))
 
     def sweep(self, only_alive: bool) -> float:
         """A step of each group, or of those that are not zero. How far a group's gradient moves at most."""
-        return _functions()[1](ctypes.byref(self._problem), only_alive)
+        return self._sweep(ctypes.byref(self._problem), only_alive)
 
     def extrapolate(self) -> None:
         """Note the present point, and if these are enough, go to where they lead."""
@@ -96,11 +104,14 @@ class _State:
         self._points = [(self.w.clone(), self._pull.clone())]
 
     def _value(self, w: Tensor, pull: Tensor) -> float:
+        """The objective; ½·tr(WGWᵀ) − tr(BWᵀ) is −½·tr(W(B + P)ᵀ) with the pull P = B − WG, which is affine in W."""
         smooth = 0.5 * (self._l2 * w.square().sum() - (w * (self._moment + pull)).sum())
         return float(smooth + self._blocks.norms(w) @ self._strengths)
 
 
 class _Problem(ctypes.Structure):
+    """The C text's, field by field."""
+
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("k", "stride", "targets", "groups")),
         *((name, ctypes.c_void_p) for name in ("gram", "starts", "member", "strength")),

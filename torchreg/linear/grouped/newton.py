@@ -19,7 +19,7 @@ _CLOSE = 1e-5  # of it: what coordinate descent is asked for before Newton steps
 _FINE = 1e-10  # of the largest moment
 _ROUNDING = 1e-8  # from here on an error that Newton steps no longer lower is rounding
 _SWEEPS = 30  # of coordinate descent, before Newton steps
-_COLUMNS_PER_SWEEP = 10  # more sweeps for more columns: a Newton step costs as many as a third of these
+_COLUMNS_PER_SWEEP = 10  # more sweeps for more columns: a Newton step of k columns costs as much as k/30 sweeps
 _PER_STEP = 10  # of them, for one step that users allow
 _QUICK = 0.1  # of the error may be left by a step for the next one to use the same Hessian
 _BACKWARDS = 40  # halvings of a step
@@ -58,7 +58,7 @@ def minimise(
         blocks: the groups of the k columns and their weights v.
         strength: l1 positive, l2 non-negative.
         start: where to begin, zero without.
-        limit: the most steps; ten sweeps count as one.
+        limit: the most steps; ten sweeps count as one, and take half of the limit at most.
         coarse: whether a twentieth of the strength is close enough to zero for the gradient, or some sweeps are enough.
 
     Source: Roth and Fischer, The Group-Lasso for generalized linear models: uniqueness of solutions and efficient
@@ -69,7 +69,7 @@ def minimise(
     w, steps = torch.zeros_like(moment) if start is None else start.clone(), 0
     if gram.device.type == "cpu" and block_descent.unavailable() is None:
         least = (_COARSE if coarse else _CLOSE) * strength.l1 * float(blocks.weights.min())
-        most = min(limit * _PER_STEP, max(_SWEEPS, len(gram) // _COLUMNS_PER_SWEEP))
+        most = min(-(-limit * _PER_STEP // 2), max(_SWEEPS, len(gram) // _COLUMNS_PER_SWEEP))
         w, sweeps = block_descent.sweep(gram, moment, blocks, strength, w, least, most)
         steps = math.ceil(sweeps / _PER_STEP)
         if coarse or steps >= limit:
