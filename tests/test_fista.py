@@ -321,7 +321,7 @@ def test_a_strength_that_moves_between_calls_is_followed():
 
 
 @torch.no_grad()
-def composite(history_size: int = 3) -> tuple[Composite, History]:
+def composite() -> tuple[Composite, History]:
     """Two groups with steps of their own, one of them complex, and a history of three points."""
     generator = torch.Generator().manual_seed(0)
     params = [
@@ -338,7 +338,7 @@ def composite(history_size: int = 3) -> tuple[Composite, History]:
         for p, lr in zip(params, (0.1, 0.3), strict=True)
     ]
     problem = Composite(groups, closure)
-    history = History(problem, history_size, 0.5)
+    history = History(problem, 3, 0.5)
     for i in range(3):
         history.add(problem.at([w + i * w.sin() + i * i * w.cos() for w in problem.start.weights]), 0.5)
     return problem, history

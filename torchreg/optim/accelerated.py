@@ -58,7 +58,6 @@ class Solve:
         self.problem, self.x = problem, problem.start
         self.numbers, self.previous, self.history = numbers, previous, history
         self._backtracking, self._restart = settings["backtracking"], settings["restart"]
-        self._value = problem.objective(self.x)
         self._noise = 10 * problem.noise
 
     def run(self, max_iter: int, tolerance: float) -> None:
@@ -91,7 +90,7 @@ class Solve:
     def _is_optimal(self, tolerance: float) -> bool:
         state = self.numbers
         state["steepest"] = max(state["steepest"], self.problem.steepest(self.x))
-        state["highest"] = max(state["highest"], abs(self._value))
+        state["highest"] = max(state["highest"], abs(self.problem.objective(self.x)))
         state["kkt_residual"] = self.problem.residual(self.x)
         state["converged"] = state["kkt_residual"] <= tolerance * state["steepest"]
         return state["converged"]
@@ -136,7 +135,7 @@ class Solve:
 
     def _move(self, new: Point, curvature: float) -> None:
         """Let that be the present point; the next step is as long as the curvature on the way to it allows."""
-        self.previous, self.x, self._value = self.x.weights, new, self.problem.objective(new)
+        self.previous, self.x = self.x.weights, new
         if self._backtracking:
             longest = 1 / curvature if curvature > 0 else math.inf
             self.numbers["step_size"] = min(longest, 10 * self.numbers["step_size"])
@@ -186,7 +185,8 @@ class Solve:
 
     def _rises(self, new: Point, fall: float = 0.0) -> bool:
         """Whether the objective falls by less than that, rounding apart (or is NaN)."""
-        return not self.problem.objective(new) <= self._value - fall + self._noise * abs(self._value)
+        value = self.problem.objective(self.x)
+        return not self.problem.objective(new) <= value - fall + self._noise * abs(value)
 
     def _shorten_for_penalties(self) -> None:
         """For MCP and SCAD, whose proximal operator is none for a long step."""

@@ -69,9 +69,9 @@ class History:
             return
         if not self.step <= step <= self.step * _LONGER:
             self.step, self._residuals = step, []
-        self.points = [*self.points, point][-self._size :]
-        known = self._residuals[-len(self.points) + 1 :] if len(self.points) > 1 else []
-        self._residuals = known + [self._residual(p) for p in self.points[len(known) :]]
+        points = [*self.points, point]
+        residuals = self._residuals + [self._residual(p) for p in points[len(self._residuals) :]]
+        self.points, self._residuals = points[-self._size :], residuals[-self._size :]
 
     def forget(self) -> None:
         """Leave only the last point."""

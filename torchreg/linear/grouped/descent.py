@@ -101,7 +101,9 @@ class _State:
         if not failed and self._value(w, pull) < self._value(self.w, self._pull):
             self.w.copy_(w)
             self._pull.copy_(pull)
-        self._points = [(self.w.clone(), self._pull.clone())]
+            self._points = [(w, pull)]
+        else:
+            self._points = self._points[-1:]
 
     def _value(self, w: Tensor, pull: Tensor) -> float:
         """The objective; ½·tr(WGWᵀ) − tr(BWᵀ) is −½·tr(W(B + P)ᵀ) with the pull P = B − WG, which is affine in W."""

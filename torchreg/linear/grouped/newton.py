@@ -89,6 +89,7 @@ class _Descent:
         self.entered = torch.zeros(blocks.count, dtype=torch.int32, device=moment.device)
 
     def run(self, w: Tensor, limit: int, coarse: bool) -> tuple[Tensor, int]:
+        """Descend from w, and let groups in, until none wants to enter. The minimiser and the steps."""
         steps, fine = 0, False
         while True:
             settled = False
