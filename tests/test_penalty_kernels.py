@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -28,7 +30,37 @@ PENALTIES = {
     "0-d tensor": L1(torch.tensor(0.3)),
 }
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FORMS = {"native": (native_penalty, torch.device("cpu")), "triton": (triton_penalty, GPU)}
+
+
+class BySign:
+    """The CPU form that notes the signs of weights along with the value, and adds gradients by them."""
+
+    DTYPES = (torch.float32,)
+    PIECE_SIZE = native_penalty.PIECE_SIZE
+
+    @staticmethod
+    def room(table: PenaltyTable) -> Tensor | None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native_penalty, "_STREAMED", -1)
+            signs = native_penalty.room(table)
+        return signs if signs is None else signs.fill_(-1)
+
+    @classmethod
+    def value(cls, table: PenaltyTable) -> float:
+        return native_penalty.value(table, cls.room(table))
+
+    @classmethod
+    def gradient(cls, table: PenaltyTable, factor: float) -> None:
+        signs = cls.room(table)
+        native_penalty.value(table, signs)
+        native_penalty.gradient(table, factor, signs)
+
+
+FORMS = {
+    "native": (native_penalty, torch.device("cpu")),
+    "by sign": (BySign, torch.device("cpu")),
+    "triton": (triton_penalty, GPU),
+}
 DTYPES = [(form, dtype) for form, (module, _) in FORMS.items() for dtype in module.DTYPES]
 
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
@@ -123,13 +155,13 @@ def test_sizes_around_blocks_and_pieces_touch_nothing_else(form, dtype, shift, s
         view = memory[margin + shift : margin + shift + size]
         return memory, view.copy_(torch.randn(size, generator=generator))
 
-    block = 256 if form == "native" else triton_penalty._BLOCK
+    block = {"native": 256, "by sign": 512, "triton": triton_penalty._BLOCK}[form]
     piece = module.PIECE_SIZE
     sizes = [1, 3, 31, 33, block - 1, block, block + 1, piece - 1, piece + 1, 2 * piece + block + 17]
     weights, grads = ([placed(size)[1] for size in sizes] for _ in range(2))
     memories = [placed(size) for size in sizes]
     outs = [view.fill_(torch.nan) for _, view in memories]
-    penalty = ElasticNet(0.3, 0.4)
+    penalty = L1(0.3) if form == "by sign" else ElasticNet(0.3, 0.4)
     expected = sum(float(penalty.value(w.double())) for w in weights)
     assert value(form, weights, penalty) == pytest.approx(expected, rel=1e-6)
     for beside in ([], grads):
@@ -139,10 +171,30 @@ def test_sizes_around_blocks_and_pieces_touch_nothing_else(form, dtype, shift, s
             assert int(memory.isnan().sum()) == 2 * margin
 
 
-def test_an_empty_table_is_worth_nothing():
+@pytest.mark.parametrize("form", ["native", "by sign"])
+def test_an_empty_table_is_worth_nothing(form):
     weights = [torch.zeros(0), torch.zeros(3, 0)]
-    assert value("native", weights, L1(1.0)) == 0.0
-    gradients("native", weights, [torch.zeros(0), torch.zeros(3, 0)], L1(1.0), 1.0)
+    assert value(form, weights, L1(1.0)) == 0.0
+    gradients(form, weights, [torch.zeros(0), torch.zeros(3, 0)], L1(1.0), 1.0)
+
+
+def test_signs_are_noted_where_they_are_all_that_a_gradient_needs():
+    weights = [torch.randn(1024), torch.randn(5)]
+    assert BySign.room(PenaltyTable.of(weights, [(0.5, 0.0), (0.2, 0.0)])).numel() * 16 == 1024
+    assert BySign.room(PenaltyTable.of(weights, [(0.5, 0.0), (0.2, 0.1)])) is None
+    assert BySign.room(PenaltyTable.of(weights, [(0.5, 0.0), (0.0, 0.0)])) is None  # 0 * inf
+    assert BySign.room(PenaltyTable.of([weights[0].double()], [(0.5, 0.0)])) is None
+    assert native_penalty.room(PenaltyTable.of(weights, [(0.5, 0.0)] * 2)) is None  # in the cache all the same
+
+
+def test_gradients_by_sign_are_of_the_weights_when_they_were_looked_at():
+    w, outs = torch.randn(2048), [torch.zeros(2048)]
+    table = PenaltyTable.of([w], [(0.5, 0.0)])
+    signs, expected = BySign.room(table), 0.5 * w.sign()
+    native_penalty.value(table, signs)
+    w.neg_()
+    native_penalty.gradient(table.writing([None], outs), 1.0, signs)
+    assert torch.equal(outs[0], expected)
 
 
 def test_each_tensor_has_its_own_strengths():
@@ -473,6 +525,99 @@ def test_a_compiled_loss_has_no_compiled_c_in_it(spy):
     compiled = torch.compile(lambda: reg() * 2, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled().detach(), 2 * reg().detach())
     assert spy.taken() == (1, 0)
+
+
+# What is kept between calls
+
+
+def _strength(model, reg):
+    reg.assignments[0].penalty.strength.fill_(0.7)
+
+
+def _penalty(model, reg):
+    reg.assignments[0].penalty = ElasticNet(0.1, 0.2)
+
+
+def _data(model, reg):
+    model["single_"].weight.data = torch.randn(LARGE, LARGE)
+
+
+def _values(model, reg):
+    model["single_"].weight.data.neg_()
+
+
+def _parameter(model, reg):
+    model["single_"].weight = nn.Parameter(torch.randn(LARGE, LARGE))
+
+
+def _dtype(model, reg):
+    model.double()
+
+
+def _size(model, reg):
+    model["single_"].weight.data = model["single_"].weight.data[: LARGE - 1]
+
+
+def _layout(model, reg):
+    model["single_"].weight.data = model["single_"].weight.data.t()
+
+
+def _frozen(model, reg):
+    model["single_"].weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [_strength, _penalty, _data, _values, _parameter, _dtype, _size, _layout, _frozen])
+def test_a_loss_term_follows_every_change_since_the_last(change, monkeypatch, spy):
+    model = nn.ModuleDict({name: nn.Linear(LARGE, LARGE, bias=False) for name in ("single_", "other_")})
+    reg = Regularizer(model, L1(torch.tensor(0.3)))
+    reg().backward()
+    model.zero_grad()
+    change(model, reg)
+
+    def term():
+        loss = reg()
+        loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return [loss.detach(), *grads]
+
+    ours, theirs = both(monkeypatch, term)
+    assert spy.taken() == (2, 2)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_regularizer_in_use_is_of_its_own_model(copied):
+    model = a_model()
+    reg = Regularizer(model, L1(0.5))
+    reg().backward()
+    other, own = copied((model, reg))
+    with torch.no_grad():
+        other["single_"].weight.mul_(3)
+    torch.testing.assert_close(own(), 3 * reg())
+
+
+def test_the_signs_of_two_terms_are_kept_apart_until_their_backward_passes(monkeypatch, spy):
+    monkeypatch.setattr(native_penalty, "_STREAMED", -1)
+    model = nn.Linear(512, LARGE, bias=False)  # of the last weights of others no sign is noted
+    weight = model.weight
+    reg = Regularizer(model, L1(0.5))
+    slope = 0.5 * weight.detach().sign()
+    first = reg()
+    weight.data.neg_()  # no version tells of it
+    second = reg()
+    for loss, expected in ((first, slope), (second, -slope), (first, slope)):
+        assert torch.equal(torch.autograd.grad(loss, weight, retain_graph=True)[0], expected)
+    second.backward()
+    weight.data.neg_()
+    third = reg()
+    assert torch.equal(torch.autograd.grad(first, weight)[0], slope)
+    assert torch.equal(torch.autograd.grad(third, weight)[0], slope)
+    assert torch.equal(weight.grad, -slope)
+    assert spy.taken() == (3, 6)
 
 
 # Autograd

@@ -41,9 +41,13 @@ class Assignment:
 
     @property
     def trainable(self) -> bool:
-        """Whether the parameter is not frozen. (What torch.func puts in its place is no parameter, and counts.)"""
-        p = self.parameter
-        return p.requires_grad or not isinstance(p, nn.Parameter)
+        """Whether the parameter is not frozen."""
+        return is_trainable(self.parameter)
+
+
+def is_trainable(p: Tensor) -> bool:
+    """Whether a parameter is not frozen. (What torch.func puts in its place is no parameter, and counts.)"""
+    return p.requires_grad or not isinstance(p, nn.Parameter)
 
 
 class PenalizedModel(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchreg import kernels, sharding, tables, unsettled
-from torchreg.assignments import Assignment, by_rule, check_current, outdated, shape_text, strengths_text
+from torchreg.assignments import Assignment, by_rule, check_current, is_trainable, outdated, shape_text, strengths_text
 from torchreg.hook import PenaltyHandle, check_gradients
 from torchreg.loss_term import PenaltyTerm, ShardedPenaltyTerm
 from torchreg.penalties import Penalty
@@ -75,6 +75,7 @@ class Regularizer(nn.Module):
         assignments = assign(model, rules)
         self.__dict__["model"] = model  # not a submodule: its state belongs to the user's checkpoint
         self.assignments: list[Assignment] = assignments
+        self._sum: kernels.PenaltySum | None = None  # of the last loss term
         self._layers: list[tuple[nn.Module, dict[str, nn.Module | None]]] = _layers(model)
         meta = torch.get_default_device().type == "meta"  # where there are no values, the scale still has one
         self.register_buffer("strength_scale", torch.ones((), device="cpu" if meta else None))
@@ -97,6 +98,9 @@ class Regularizer(nn.Module):
         self._buffers["strength_scale"] = scale
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sum": None}
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}strength_scale"
         if key in state_dict:
@@ -113,14 +117,15 @@ class Regularizer(nn.Module):
             check_current(self.model, self.assignments)
             self._layers = _layers(self.model)
         for a in self.assignments:
-            if a.penalty is not None and a.trainable:
-                yield a.name, a.parameter, a.penalty
+            if a.penalty is not None and is_trainable(p := a.parameter):
+                yield a.name, p, a.penalty
 
     def forward(self) -> Tensor:
         """The penalty ``scale·Σ R(w)`` of all penalised parameters, a real 0-d tensor: add it to the loss.
 
         Its backward computes one gradient per weight and nothing else of the model's size; on the CPU it adds to
-        gradients that are there in one pass. To maximise an objective, subtract it.
+        gradients that are there in one pass, and with L1 alone goes by the signs of the weights, which are kept from
+        one to the other (two bits each, where weights have 32). To maximise an objective, subtract it.
 
         Raises:
             ValueError: if a penalty has no gradient (`L0`, constraints). Under ``torch.no_grad()`` the value of all
@@ -129,25 +134,31 @@ class Regularizer(nn.Module):
         entries = list(self.penalized())
         if not entries:
             return self.strength_scale.new_zeros(())
-        if torch.is_grad_enabled():
-            check_gradients((name, penalty) for name, _, penalty in entries)
         weights = [p for _, p, _ in entries]
+        penalties = [penalty for _, _, penalty in entries]
+        distinct = {id(penalty): penalty for penalty in penalties}.values()
+        if torch.is_grad_enabled() and not all(penalty.has_gradient for penalty in distinct):
+            check_gradients((name, penalty) for name, _, penalty in entries)
         unsettled.settle(weights)
         if sharding.any_sharded(weights):
             return self._sharded_value()
         if any(map(sharding.is_flat, weights)):
             raise ValueError(_FLAT)
-        if any(penalty.is_joint for _, _, penalty in entries):
+        if any(penalty.is_joint for penalty in distinct):
             return self._joint_value()
-        penalties = [penalty for _, _, penalty in entries]
         scale = host_scalar(self.strength_scale)
-        strengths = [s for penalty in {id(p): p for p in penalties}.values() for s in penalty.strengths().values()]
+        strengths = [s for penalty in distinct for s in penalty.strengths().values()]
         learned = any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
         if learned or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return (
                 kernels.PenaltySum(penalties, weights).value(weights) * scale
             )  # autograd records, and a compiler fuses
-        return PenaltyTerm.apply(penalties, scale, *weights)
+        if self._sum is None or not self._sum.holds(penalties, weights):
+            with torch.no_grad():
+                self._sum = kernels.PenaltySum(penalties, weights)
+        if not torch.is_grad_enabled():
+            return self._sum.value(weights) * scale
+        return PenaltyTerm.apply(self._sum, scale, *weights)
 
     def _joint_value(self) -> Tensor:
         """The penalty where some of them take all weights of a rule together."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchreg.kernels import threads, toolchain
 from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable
@@ -17,6 +18,7 @@ from torchreg.kernels.pieces import cut
 PIECE_SIZE = 1 << 18
 DTYPES = (torch.float32, torch.float64)
 
+_NOTED, _WORDS = 512, 32  # weights whose signs are noted together, and the words of 32 bits that it takes
 _STREAMED = 1 << 23  # bytes of results: above, little of them would be found in the cache again
 _SOURCE = Path(__file__).with_name("penalty.c")
 
@@ -29,6 +31,8 @@ class _Table(ctypes.Structure):
         ("piece_size", ctypes.c_int64),
         ("factor", ctypes.c_double),
         ("partials", ctypes.c_void_p),
+        ("signs", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
         ("streams", ctypes.c_int64),
         ("fetches", ctypes.c_int64),
     ]
@@ -40,18 +44,46 @@ def unavailable() -> str | None:
     return toolchain.obstacle(_library)
 
 
-def value(table: PenaltyTable) -> float:
-    """Σ l1·Σ|w| + l2·Σw² over all tensors, summed in float64; the number of threads does not change it."""
+def room(table: PenaltyTable) -> Tensor | None:
+    """Memory for the signs of all weights, two bits each, where a gradient needs no more and reading them again costs.
+
+    That is with L1 alone in float32, and with more weights than a cache has room for.
+    """
+    l1, l2 = table.strengths
+    lasso = l1.all() and not l2.any()
+    if table.device.type != "cpu" or table.dtype != torch.float32 or not lasso or not _is_long(table):
+        return None
+    return torch.empty(_first(table.sizes)[-1], dtype=torch.int32)
+
+
+def value(table: PenaltyTable, signs: Tensor | None = None) -> float:
+    """Σ l1·Σ|w| + l2·Σw² over all tensors, summed in float64; the number of threads does not change it.
+
+    Where there is `room`, the signs of the weights are noted in ``signs``.
+    """
     pieces = cut(table.sizes, PIECE_SIZE)
     partials = np.zeros(pieces.shape[1])
-    _run("value", table, pieces, partials=partials.ctypes.data)
+    _run("value", table, pieces, signs, partials=partials.ctypes.data, fetches=_fetches())
     return float(partials.sum())
 
 
-def gradient(table: PenaltyTable, factor: float) -> None:
-    """Write ``factor·(l1·sign(w) + 2·l2·w)``, and the gradient where there is one added, into every ``out``."""
-    streams = sum(table.sizes) * table.dtype.itemsize > _STREAMED
-    _run("gradient", table, cut(table.sizes, PIECE_SIZE), factor=factor, streams=streams, fetches=_fetches())
+def gradient(table: PenaltyTable, factor: float, signs: Tensor | None = None) -> None:
+    """Write ``factor·(l1·sign(w) + 2·l2·w)``, and the gradient where there is one added, into every ``out``.
+
+    With the ``signs`` that were noted, the weights themselves are hardly read.
+    """
+    pieces, streams = cut(table.sizes, PIECE_SIZE), _is_long(table)
+    _run("gradient", table, pieces, signs, factor=factor, streams=streams, fetches=_fetches())
+
+
+def _is_long(table: PenaltyTable) -> bool:
+    return sum(table.sizes) * table.dtype.itemsize > _STREAMED
+
+
+@functools.lru_cache(maxsize=32)
+def _first(sizes: tuple[int, ...]) -> Any:
+    """Where the signs of every tensor begin, and where those of the last one end: int64, in words."""
+    return np.cumsum([0, *(size // _NOTED * _WORDS for size in sizes)])
 
 
 @functools.cache
@@ -60,13 +92,24 @@ def _fetches() -> bool:
     return not toolchain.is_amd()
 
 
-def _run(name: str, table: PenaltyTable, pieces: Any, **fields: float) -> None:
+def _run(name: str, table: PenaltyTable, pieces: Any, signs: Tensor | None, **fields: float) -> None:
     if not pieces.shape[1]:
         return
-    function = getattr(_library(), f"{name}_{str(table.dtype).removeprefix('torch.')}")
-    rows = (*table.table, *table.strengths, *pieces[:2])
-    view = _Table(*(row.ctypes.data for row in rows), PIECE_SIZE, **fields)
-    threads.run(function, ctypes.byref(view), pieces)
+    view = _Table(*_rows(table.table), *_rows(table.strengths), *_rows(pieces)[:2], PIECE_SIZE, **fields)
+    if signs is not None:
+        view.signs, view.first = signs.data_ptr(), _first(table.sizes).ctypes.data
+    threads.run(_function(name, table.dtype, signs is not None), ctypes.byref(view), pieces)
+
+
+def _rows(table: Any) -> list[int]:
+    """The address of every row of a table whose rows are contiguous."""
+    first = table.ctypes.data
+    return [first + i * table.strides[0] for i in range(len(table))]
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype, noted: bool) -> Any:
+    return getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}{'_by_sign' if noted else ''}")
 
 
 @functools.cache

@@ -6,7 +6,7 @@ after tensor, are the specification and do all the rest. The choice between them
 
 from __future__ import annotations
 
-import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +28,10 @@ Fused = dict[tuple[torch.device, torch.dtype], list[int]]
 """For each device and dtype, the positions of the weights that one pass takes."""
 
 
+Signs = list[Tensor | None]
+"""The signs of weights: for every device and dtype those that one pass takes, or None where they are not noted."""
+
+
 class PenaltySum:
     """Σ R(w) over many weights: its value, and its gradients at all of them.
 
@@ -37,20 +41,47 @@ class PenaltySum:
     """
 
     def __init__(self, penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> None:
-        self._penalties = penalties
+        self._penalties = tuple(penalties)
+        self._distinct = _distinct(penalties)
+        self._numbers = list(map(_numbers, self._distinct))
         numbers = _all_numbers(penalties)
         self._fused, self._alone = _arranged(numbers, weights)
         self._tables = [
             PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
             for chosen in self._fused.values()
         ]
+        self._room: list[Signs] = []
 
-    def value(self, weights: Sequence[Tensor]) -> Tensor:
+    def holds(self, penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> bool:
+        """Whether it is what a new one of these would be. (False where kernels don't take all weights.)"""
+        return (
+            not self._alone
+            and len(penalties) == len(self._penalties)
+            and all(map(operator.is_, penalties, self._penalties))
+            and list(map(_numbers, self._distinct)) == self._numbers
+            and _are_contiguous(weights)
+            and all(_has_kernel(*kind) for kind in self._fused)
+            and not _is_traced()
+            and self._is_of(weights)
+        )
+
+    def room(self) -> Signs:
+        """Memory for what `value` may note of the weights, so that `gradients` need not read them again."""
+        try:
+            return self._room.pop()
+        except IndexError:
+            return [native_penalty.room(table) for table in self._tables]
+
+    def give_back(self, signs: Signs) -> None:
+        """Lend this memory to the next who asks for room: new memory takes long, page after page."""
+        self._room[:] = [signs]
+
+    def value(self, weights: Sequence[Tensor], signs: Signs | None = None) -> Tensor:
         """Σ R(w), a real 0-d tensor on the device of the first weight."""
         values = [self._penalties[i].value(weights[i]) for i in self._alone]
-        for table in self._tables:
+        for table, noted in self._noted_in(signs):
             if table.device.type == "cpu":
-                values.append(torch.tensor(native_penalty.value(table), dtype=table.dtype, device=table.device))
+                values.append(torch.tensor(native_penalty.value(table, noted), dtype=table.dtype, device=table.device))
             else:
                 values.append(triton_penalty.value(table))
         total = values[0].to(device=weights[0].device)
@@ -59,7 +90,11 @@ class PenaltySum:
         return total
 
     def gradients(
-        self, weights: Sequence[Tensor], factor: float | Tensor, into: Sequence[Tensor | None]
+        self,
+        weights: Sequence[Tensor],
+        factor: float | Tensor,
+        into: Sequence[Tensor | None],
+        signs: Signs | None = None,
     ) -> list[Tensor | None]:
         """``factor·∇R(w)`` for every weight. Differentiable where autograd records.
 
@@ -68,23 +103,26 @@ class PenaltySum:
             factor: a number, or a tensor with one.
             into: for every weight a tensor on the CPU that its gradient may be added to in place, or None. Where one
                 pass over memory does so, the result is None.
+            signs: what `value` has noted.
         """
         if not self._still_holds(weights, factor):
             return PenaltySum(self._penalties, weights).gradients(weights, factor, into)
-        results: dict[int, Tensor | None] = {
-            i: _gradient(self._penalties[i], weights[i], factor).to(weights[i].dtype) for i in self._alone
-        }
-        changed: list[Tensor] = []
-        for chosen, table in zip(self._fused.values(), self._tables, strict=True):
-            sums = {i: t for i in chosen if (t := into[i]) is not None}
-            like = _are_like(list(sums.values()), [weights[i] for i in sums])
-            sums = dict(itertools.compress(sums.items(), like))
-            outs = [sums[i] if i in sums else pages.advised(torch.empty_like(weights[i])) for i in chosen]
-            _write(table.writing([sums.get(i) for i in chosen], outs), factor)
-            results.update((i, None if i in sums else out) for i, out in zip(chosen, outs, strict=True))
-            changed += sums.values()
-        torch.autograd.graph.increment_version(changed)
-        return [results[i] for i in range(len(weights))]
+        results: list[Tensor | None] = [None] * len(weights)
+        for i in self._alone:
+            results[i] = _gradient(self._penalties[i], weights[i], factor).to(weights[i].dtype)
+        for chosen, (table, noted) in zip(self._fused.values(), self._noted_in(signs), strict=True):
+            here = [weights[i] for i in chosen]
+            sums = _those_like([into[i] for i in chosen], here)
+            outs = [t if t is not None else pages.advised(torch.empty_like(w)) for t, w in zip(sums, here, strict=True)]
+            _write(table.writing(sums, outs), factor, noted)
+            for i, t, out in zip(chosen, sums, outs, strict=True):
+                if t is None:
+                    results[i] = out
+            torch.autograd.graph.increment_version([t for t in sums if t is not None])
+        return results
+
+    def _noted_in(self, signs: Signs | None) -> list[tuple[PenaltyTable, Tensor | None]]:
+        return list(zip(self._tables, signs or [None] * len(self._tables), strict=True))
 
     def _still_holds(self, weights: Sequence[Tensor], factor: float | Tensor) -> bool:
         """Whether the weights that one pass takes are where they were, and nothing records what is done to them."""
@@ -92,6 +130,9 @@ class PenaltySum:
             return True
         if _is_traced() or (torch.is_grad_enabled() and _recorded([*weights, factor])):
             return False
+        return self._is_of(weights)
+
+    def _is_of(self, weights: Sequence[Tensor]) -> bool:
         return all(
             table.is_of([weights[i] for i in chosen])
             for chosen, table in zip(self._fused.values(), self._tables, strict=True)
@@ -129,9 +170,9 @@ def _gradient(penalty: Penalty, w: Tensor, factor: float | Tensor) -> Tensor:
     return grad * factor if torch.is_grad_enabled() else grad.mul_(factor)
 
 
-def _write(table: PenaltyTable, factor: float | Tensor) -> None:
+def _write(table: PenaltyTable, factor: float | Tensor, signs: Tensor | None = None) -> None:
     if table.device.type == "cpu":
-        native_penalty.gradient(table, float(factor))
+        native_penalty.gradient(table, float(factor), signs)
     else:
         triton_penalty.gradient(table, factor)
 
@@ -149,7 +190,7 @@ def _arranged(
         return {}, list(range(len(weights)))
     kinds: Fused = {}
     alone = []
-    usable = _are_like(grads, weights) if grads else _are_plain(weights)
+    usable = [t is not None for t in _those_like(grads, weights)] if grads else _are_plain(weights)
     for i, w in enumerate(weights):
         if usable[i] and numbers[i] is not None:
             kinds.setdefault((w.device, w.dtype), []).append(i)
@@ -167,9 +208,14 @@ def _is_traced() -> bool:
 
 def _pays(device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
     """Whether there is a kernel for these, and on the CPU enough to do for it."""
+    if device.type == "cpu" and sum(map(Tensor.numel, weights)) < selection.SMALLEST:
+        return False
+    return _has_kernel(device, dtype)
+
+
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cpu":
-        large = sum(map(Tensor.numel, weights)) >= selection.SMALLEST
-        return large and dtype in native_penalty.DTYPES and native_penalty.unavailable() is None
+        return dtype in native_penalty.DTYPES and native_penalty.unavailable() is None
     return device.type == "cuda" and dtype in triton_penalty.DTYPES and triton_penalty.unavailable() is None
 
 
@@ -206,12 +252,23 @@ def _is_plain(w: Tensor) -> bool:
     )
 
 
-def _are_like(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> list[bool]:
-    """Which gradients lie in memory as their weights do, which a kernel can read both."""
-    pairs = list(zip(grads, weights, strict=True))
-    if _are_contiguous(grads) and _are_contiguous(weights):
-        return [g.shape == w.shape and g.dtype == w.dtype and g.device == w.device for g, w in pairs]
-    return [_is_plain(w) and _is_like(g, w) for g, w in pairs]
+def _those_like(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients that lie in memory as their weights do, where a kernel can read both; else None."""
+    given = [g for g in grads if g is not None]
+    if (
+        len(given) == len(weights)
+        and _are_contiguous(given)
+        and _are_contiguous(weights)
+        and _are_alike(given, weights)
+    ):
+        return list(given)
+    pairs = zip(grads, weights, strict=True)
+    return [g if g is not None and _is_plain(w) and _is_like(g, w) else None for g, w in pairs]
+
+
+def _are_alike(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    pairs = zip(grads, weights, strict=True)
+    return all(g.shape == w.shape and g.dtype is w.dtype and g.device == w.device for g, w in pairs)
 
 
 def _is_like(grad: Tensor, w: Tensor) -> bool:
@@ -226,8 +283,12 @@ def _is_like(grad: Tensor, w: Tensor) -> bool:
 
 def _all_numbers(penalties: Sequence[Penalty]) -> list[Numbers | None]:
     """The strengths of every penalty; a penalty that many weights share is looked at once."""
-    known = {id(penalty): _numbers(penalty) for penalty in {id(p): p for p in penalties}.values()}
+    known = {id(penalty): _numbers(penalty) for penalty in _distinct(penalties)}
     return [known[id(penalty)] for penalty in penalties]
+
+
+def _distinct(penalties: Sequence[Penalty]) -> list[Penalty]:
+    return list({id(penalty): penalty for penalty in penalties}.values())
 
 
 def _numbers(penalty: Penalty) -> Numbers | None:

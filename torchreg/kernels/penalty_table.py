@@ -45,9 +45,12 @@ class PenaltyTable:
         return cls(weights[0].device, weights[0].dtype, table, numbers, sizes)
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
-        """Whether it tells where these weights are, and how large."""
-        where = self.table[ROWS.index("w")].tolist() == list(map(Tensor.data_ptr, weights))
-        return where and self.sizes == tuple(map(Tensor.numel, weights))
+        """Whether it tells where these weights are, how large and of which type."""
+        return (
+            self.table[ROWS.index("w")].tolist() == list(map(Tensor.data_ptr, weights))
+            and self.sizes == tuple(map(Tensor.numel, weights))
+            and all(w.dtype is self.dtype for w in weights)
+        )
 
     def writing(self, grads: Sequence[Tensor | None], outs: Sequence[Tensor]) -> PenaltyTable:
         """A copy that says what is added and where the results go, each laid out like its weight.
