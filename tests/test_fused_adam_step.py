@@ -7,7 +7,18 @@ import dataclasses
 import pytest
 import torch
 from optimizer_cases import PENALTIES, parameters, set_gradients, snapshot
-from test_fused_step import RUNS, Poisoned, brute_force, drawn, dtypes, grouped, one_and_two_threads, spread, using
+from test_fused_step import (
+    NUMBERS,
+    RUNS,
+    Poisoned,
+    brute_force,
+    drawn,
+    dtypes,
+    grouped,
+    one_and_two_threads,
+    spread,
+    using,
+)
 from torch import nn
 from triton_support import require_triton
 
@@ -118,6 +129,20 @@ def test_a_kernel_agrees_with_torch_and_a_proximal_operator(name, dtype, penalty
     assert_equal(ours, theirs)
     assert torch.isnan(ours.params[0][0, 0])
     assert not any((p.signbit() & (p == 0)).any() for p in ours.params) or penalty is None
+
+
+@kernels
+@pytest.mark.parametrize("identity", [False, True], ids=["adaptive", "identity"])
+@pytest.mark.parametrize("make", NUMBERS.values(), ids=NUMBERS)
+def test_a_number_that_becomes_nan_zeroes_no_weight_in_silence(make, identity, name):
+    require(name, torch.float32)
+    strength = torch.full((), 0.1, device=DEVICE if name == "triton" else None)
+    step = a_step(make(strength), identity=identity)
+    strength.fill_(torch.nan)
+    w = torch.tensor([[1.0, -2.0, 0.0]], device=strength.device)
+    ours = tensors([w], [torch.full_like(w, 0.5)], step)
+    run(name, ours, step)
+    assert w.isnan().all()
 
 
 @pytest.mark.pairs

@@ -318,6 +318,31 @@ def test_a_strength_that_becomes_nan_zeroes_no_weight_in_silence(cls, metric):
     torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+NUMBERS = {
+    "L1": L1,
+    "ElasticNet's l1": lambda t: ElasticNet(t, 0.1),
+    "ElasticNet's l2": lambda t: ElasticNet(0.1, t),
+    "L2": L2,
+    "GroupLasso": GroupLasso,
+    "SparseGroupLasso's l1": lambda t: SparseGroupLasso(t, 0.1),
+}
+"""Penalties with a strength that is a tensor of one element, into which NaN is written after the check."""
+
+
+@pytest.mark.parametrize(
+    ("cls", "metric"), [(ProxSGD, {}), (ProxAdamW, {}), (ProxAdamW, {"metric": "identity"})], ids=str
+)
+@pytest.mark.parametrize("make", NUMBERS.values(), ids=NUMBERS)
+def test_a_number_that_becomes_nan_zeroes_no_weight_in_silence(make, cls, metric):
+    strength = torch.full((), 0.1)
+    w = nn.Parameter(torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 0.0]]))
+    w.grad = torch.full_like(w, 0.5)
+    opt = cls([w], lr=0.1, penalty=make(strength), fused=True, **metric)
+    strength.fill_(torch.nan)
+    opt.step()
+    assert w.isnan().all()
+
+
 def pair(groups, **kwargs):
     """The same groups twice: of a fused optimizer and of the plain loop."""
     copies = [{**g, "params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in groups]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from optimizer_cases import PENALTIES, identical, parameters, set_gradients, snapshot
+from test_fused_step import NUMBERS
 from torch import Tensor
 from triton_support import require_triton
 
@@ -86,6 +87,16 @@ def test_the_kernel_agrees_with_the_reference(dtype, penalty, hyper):
     reference.prox_sgd(theirs, step)
     assert_equal(ours, theirs)
     assert torch.isnan(ours.params[0][0, 0])
+
+
+@pytest.mark.parametrize("make", NUMBERS.values(), ids=NUMBERS)
+def test_a_number_that_becomes_nan_zeroes_no_weight_in_silence(make):
+    strength = torch.full((), 0.1, device=DEVICE)
+    step = a_step(make(strength))
+    strength.fill_(torch.nan)
+    w = torch.tensor([[1.0, -2.0, 0.0]], device=DEVICE)
+    launch([(SGDTensors([w], [torch.full_like(w, 0.5)]), step)])
+    assert w.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

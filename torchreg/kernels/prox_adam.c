@@ -75,7 +75,7 @@ INLINE T NAME(descent)(
         if (metric) {
             const T divided = 1 / (1 + h.doubled * inverse), pull = h.norm * inverse * divided;
             y[i] *= divided;
-            a[i] = pull < largest ? pull : largest;
+            a[i] = pull > largest ? largest : pull; /* NaN stays */
         }
         squares += y[i] * y[i];
     }
@@ -169,14 +169,14 @@ static double NAME(newton)(const NAME(Group) *group, double root, double *s)
     return root + *s * (__builtin_sqrt(*s) - 1) / (slope > 0 ? slope : 1);
 }
 
-/* The root of S in scaled units, or 0; as secular.py finds it. */
+/* The root of S in scaled units, 0, or NaN; as secular.py finds it. */
 static double NAME(root)(const NAME(Group) *group)
 {
     const double eps = sizeof(T) == 4 ? 0x1p-23 : 0x1p-52, least = eps * eps, near = __builtin_sqrt(eps) / 8;
     double s = 0, low = 0, high = 1;
     NAME(begin)(group, &s, &low);
     if (!(s > 1))
-        return 0;
+        return s != s ? s : 0;
     low = low > least ? low < 1 ? low : 1 : least;
     double root = low;
     for (int iteration = 0; iteration < 16; iteration++) {

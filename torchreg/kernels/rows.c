@@ -139,7 +139,7 @@ INLINE T NAME(root)(T x)
 static T NAME(representable)(double value)
 {
     const double largest = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
-    return (T)(value < largest ? value : largest);
+    return (T)(value > largest ? largest : value);
 }
 
 /* Soft-thresholding that keeps NaN; +0.0 where nothing is left. */

@@ -69,7 +69,7 @@ static double rescue(double squares)
 static T NAME(representable)(double value)
 {
     const double largest = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
-    return (T)(value < largest ? value : largest);
+    return (T)(value > largest ? largest : value); /* NaN stays NaN */
 }
 
 INLINE T NAME(square_root)(T x)

@@ -21,6 +21,7 @@ from torchreg.kernels.triton_parts import (
     W,
     X,
     as_stored,
+    at_most,
     thresholded,
     write_counts,
 )
@@ -103,10 +104,10 @@ def prox_adam_groups(
     decay = tl.load(hyper + DECAY).to(COMPUTE)
     keep = tl.load(hyper + KEEP).to(COMPUTE)
     step = tl.load(hyper + PROX_STEP)
-    threshold = tl.minimum(step * tl.load(hyper + L1), LARGEST).to(COMPUTE)
-    doubled = tl.minimum(2.0 * step * tl.load(hyper + L2), LARGEST).to(COMPUTE)
+    threshold = at_most(step * tl.load(hyper + L1), LARGEST).to(COMPUTE)
+    doubled = at_most(2.0 * step * tl.load(hyper + L2), LARGEST).to(COMPUTE)
     weight = tl.where(tl.load(hyper + SIZED) != 0, tl.sqrt(run.to(tl.float64)), 1.0)
-    pull = tl.minimum(step * tl.load(hyper + NORM) * weight, LARGEST).to(COMPUTE)
+    pull = at_most(step * tl.load(hyper + NORM) * weight, LARGEST).to(COMPUTE)
     sign = tl.load(hyper + SIGN).to(COMPUTE)
     identity = tl.load(hyper + IDENTITY)
     rounds = tl.load(hyper + ROUNDS)
@@ -148,7 +149,7 @@ def prox_adam_groups(
             value = y * left(norms(y, COMPUTE) * (1.0 + doubled), pull, 1.0) + 0.0
         else:
             a = pull * inverse / (1.0 + doubled * inverse)
-            a = tl.where(inside, tl.where(a < LARGEST, a, LARGEST), 1.0).to(COMPUTE)
+            a = tl.where(inside, at_most(a, LARGEST), 1.0).to(COMPUTE)
             value = y * left_apart(y, a, COMPUTE) + 0.0
         stored = as_stored(value, offsets, seed, rounds, DTYPE)
         tl.store(w_pointer + offsets, stored, mask=inside)

@@ -10,7 +10,19 @@ import triton.language as tl
 
 from torchreg.kernels.problem import SGDStep
 from torchreg.kernels.triton_groups import RUN, counted, left, norms
-from torchreg.kernels.triton_parts import ALL_COUNTS, FIRST, GROUP, SEED, G, M, W, as_stored, thresholded, write_counts
+from torchreg.kernels.triton_parts import (
+    ALL_COUNTS,
+    FIRST,
+    GROUP,
+    SEED,
+    G,
+    M,
+    W,
+    as_stored,
+    at_most,
+    thresholded,
+    write_counts,
+)
 from torchreg.kernels.triton_prox_sgd import (
     ALL_HYPERS,
     DECAY,
@@ -78,9 +90,9 @@ def prox_sgd_groups(
     gain = tl.where(first, 1.0, tl.load(hyper + GAIN)).to(COMPUTE)
     decay = tl.load(hyper + DECAY).to(COMPUTE)
     step = tl.load(hyper + PROX_STEP)
-    threshold = tl.minimum(step * tl.load(hyper + L1), LARGEST).to(COMPUTE)
+    threshold = at_most(step * tl.load(hyper + L1), LARGEST).to(COMPUTE)
     weight = tl.where(tl.load(hyper + SIZED) != 0, tl.sqrt(run.to(tl.float64)), 1.0)
-    shrinkage = tl.minimum(step * tl.load(hyper + NORM) * weight, LARGEST).to(COMPUTE)
+    shrinkage = at_most(step * tl.load(hyper + NORM) * weight, LARGEST).to(COMPUTE)
     divisor = (1.0 + 2.0 * step * tl.load(hyper + L2)).to(COMPUTE)
     sign = tl.load(hyper + SIGN).to(COMPUTE)
     nesterov = tl.load(hyper + NESTEROV) != 0

@@ -73,9 +73,16 @@ def as_stored(values, offsets, seed, rounds, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def at_most(x, largest):
+    """NaN stays NaN, as it does not in Triton's minimum."""
+    return tl.where(x > largest, largest, x)
+
+
+@triton.jit
 def thresholded(x, bound):
-    """NaN stays NaN, and what is shrunk away is x − x = +0.0."""
-    return x - tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+    """NaN stays NaN, be it in x or in the bound, and what is shrunk away is x − x = +0.0."""
+    inside = tl.where(x < bound, x, bound)
+    return x - tl.where(inside > -bound, inside, -bound)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from torchreg.kernels.triton_parts import (
     W,
     X,
     as_stored,
+    at_most,
     thresholded,
     write_counts,
 )
@@ -199,9 +200,9 @@ def prox_adam(
     decay = tl.load(hyper + DECAY).to(COMPUTE)
     keep = tl.load(hyper + KEEP).to(COMPUTE)
     step = tl.load(hyper + PROX_STEP)
-    prox_step = tl.minimum(step, LARGEST).to(COMPUTE)
-    threshold = tl.minimum(step * tl.load(hyper + L1), LARGEST).to(COMPUTE)
-    doubled = tl.minimum(2.0 * step * tl.load(hyper + L2), LARGEST).to(COMPUTE)
+    prox_step = at_most(step, LARGEST).to(COMPUTE)
+    threshold = at_most(step * tl.load(hyper + L1), LARGEST).to(COMPUTE)
+    doubled = at_most(2.0 * step * tl.load(hyper + L2), LARGEST).to(COMPUTE)
     sign = tl.load(hyper + SIGN).to(COMPUTE)
     identity = tl.load(hyper + IDENTITY)
     rounds = tl.load(hyper + ROUNDS)

@@ -21,6 +21,7 @@ from torchreg.kernels.triton_parts import (
     M,
     W,
     as_stored,
+    at_most,
     thresholded,
     write_counts,
 )
@@ -151,7 +152,7 @@ def prox_sgd(
     gain = tl.where(first, 1.0, tl.load(hyper + GAIN)).to(COMPUTE)
     decay = tl.load(hyper + DECAY).to(COMPUTE)
     step = tl.load(hyper + PROX_STEP)
-    threshold = tl.minimum(step * tl.load(hyper + L1), LARGEST).to(COMPUTE)
+    threshold = at_most(step * tl.load(hyper + L1), LARGEST).to(COMPUTE)
     divisor = (1.0 + 2.0 * step * tl.load(hyper + L2)).to(COMPUTE)
     sign = tl.load(hyper + SIGN).to(COMPUTE)
     nesterov = tl.load(hyper + NESTEROV) != 0
