@@ -8,7 +8,7 @@ import torch
 from command import assert_refused, program, run_json
 
 import torchreg
-from torchreg import L1, GroupLasso, ProxSGD
+from torchreg import L1, GroupLasso, ProxAdamW, ProxSGD
 from torchreg.cli import main
 from torchreg.kernels import native, toolchain
 
@@ -35,7 +35,8 @@ def printed(capsys):
 def test_every_device_has_a_row_and_the_versions_are_there(capsys):
     document = run_json(["doctor"])
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    assert [d["device"] for d in document["devices"]] == devices
+    rows = [(device, optimizer) for device in devices for optimizer in ("ProxSGD", "ProxAdamW")]
+    assert [(d["device"], d["optimizer"]) for d in document["devices"]] == rows
     assert document["versions"]["torchreg"] == torchreg.__version__
     assert document["versions"]["torch"] == torch.__version__
     table = printed(capsys)
@@ -44,13 +45,17 @@ def test_every_device_has_a_row_and_the_versions_are_there(capsys):
 
 
 @pytest.mark.parametrize("penalty", [L1(0.1), GroupLasso(0.1)], ids=str)
-@pytest.mark.parametrize("switch", ["0", "1"])
-def test_it_tells_what_a_step_does(switch, penalty, forgotten, monkeypatch):
+@pytest.mark.parametrize("cls", [ProxSGD, ProxAdamW])
+@pytest.mark.parametrize("switch", ["0", "1", "1, but not of one"])
+def test_it_tells_what_a_step_does(switch, cls, penalty, forgotten, monkeypatch):
     monkeypatch.setenv(toolchain.SWITCH, switch)
-    (cpu,) = (d for d in run_json(["doctor"])["devices"] if d["device"] == "cpu")
+    if switch.endswith("one"):
+        monkeypatch.setattr(native, "_source", lambda name, of=native._source: of(name) + "!" * (name == "prox_adam"))
+    rows = run_json(["doctor"])["devices"]
+    (cpu,) = (d for d in rows if d["device"] == "cpu" and d["optimizer"] == cls.__name__)
     w = torch.nn.Parameter(torch.ones(cpu["smallest"] or 100_000))
     w.grad = torch.zeros_like(w)
-    opt = ProxSGD([w], lr=0.1, penalty=penalty)
+    opt = cls([w], lr=0.1, penalty=penalty)
     opt.step()
     assert (cpu["step"] == "fused (C)") == (opt.step_counts() is not None)
     assert (cpu["not_fused"] is None) == (opt.step_counts() is not None)

@@ -92,6 +92,14 @@ def test_large_penalised_models_are_fused_unless_told_otherwise(sizes, kwargs, e
     assert fused(stepped(params, **kwargs)) == (ids(params) if expected else set())
 
 
+def test_what_is_on_a_gpu_is_fused_whatever_there_is_on_the_cpu():
+    small, large = torch.zeros(1), torch.zeros(LARGE)
+    there = torch.zeros(1, device="meta")  # stands for a GPU, on which any number of weights pays
+    for parameters in ([there], [there, small], [there, large]):
+        assert selection.pays(there.device, parameters)
+        assert selection.pays(small.device, parameters) == any(p is large for p in parameters)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("hyper", [{}, {"nesterov": True}, {"dampening": 0.3}, {"weight_decay": 0.1}], ids=str)
 def test_without_a_penalty_the_step_is_torch_sgd_to_the_last_bit(hyper, dtype):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 DESCRIPTION = """\
-Prints which implementation a step of ProxSGD with a penalty takes on each device, why not the faster one, and what they
-are built with. On the CPU this compiles the fused step, unless that was done before.
+Prints which implementation a step with a penalty takes on each device, for each optimizer that has a fused one, why not
+that one, and what they are built with. On the CPU this compiles the fused steps, unless that was done before.
 """
 
 
@@ -48,7 +48,7 @@ def diagnosis() -> dict[str, Any]:
             return {"path": None, "reason": str(error)}
 
     return {
-        "devices": [_device(device) for device in devices],
+        "devices": [_device(device, optimizer) for device in devices for optimizer in ("ProxSGD", "ProxAdamW")],
         "versions": {name: _version(name) for name in ("torchreg", "torch", "triton")},
         "compiler": found(toolchain.compiler),
         "cache": found(toolchain.cache_folder),
@@ -56,19 +56,20 @@ def diagnosis() -> dict[str, Any]:
     }
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def _device(device: torch.device, optimizer: str) -> dict[str, Any]:
     import torch
 
-    from torchreg.kernels import native, pieces, selection, triton_step
+    from torchreg.kernels import AdamStep, SGDStep, native, pieces, selection, triton_step
 
-    on_cpu = device.type == "cpu"
-    missing = selection.unavailable(device)
+    on_cpu, step = device.type == "cpu", SGDStep if optimizer == "ProxSGD" else AdamStep
+    missing = selection.unavailable(device, step.KERNEL)
     language, dtypes, smallest = (
         ("C", native.DTYPES, selection.SMALLEST) if on_cpu else ("Triton", triton_step.DTYPES, 0)
     )
-    eager = "tiled" if on_cpu else "foreach"
+    eager = "foreach" if not on_cpu else "tiled" if step is SGDStep else "eager"
     return {
         "device": str(device),
+        "optimizer": optimizer,
         "name": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
         "step": f"fused ({language})" if missing is None else eager,
         "otherwise": eager,
@@ -89,7 +90,7 @@ def _version(name: str) -> str | None:
 def _text(document: dict[str, Any]) -> str:
     from torchreg.tables import render
 
-    rows = [[d["device"], d["name"], d["step"], _remark(d)] for d in document["devices"]]
+    rows = [[d["device"], d["name"], d["optimizer"], d["step"], _remark(d)] for d in document["devices"]]
     facts = {
         **{name: version or "can't be imported" for name, version in document["versions"].items()},
         **{name: document[name]["path"] or document[name]["reason"] for name in ("compiler", "cache")},
@@ -97,7 +98,11 @@ def _text(document: dict[str, Any]) -> str:
     }
     return "\n\n".join(
         [
-            render(["device", "name", "step", "remark"], [[printable(cell) for cell in row] for row in rows], left=4),
+            render(
+                ["device", "name", "optimizer", "step", "remark"],
+                [[printable(cell) for cell in row] for row in rows],
+                left=5,
+            ),
             render(["built with", ""], [[name, printable(value)] for name, value in facts.items()], left=2),
         ]
     )

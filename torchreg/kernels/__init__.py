@@ -85,5 +85,5 @@ def _prox_sgd(tensors: SGDTensors, step: SGDStep, foreach: bool | None) -> None:
         _reference.prox_sgd(tensors, step)
 
 
-SGD = Update("prox_sgd", SGDTensors, SGDStep, _prox_sgd)
-ADAM = Update("prox_adam", AdamTensors, AdamStep, prox_adam)
+SGD = Update(SGDTensors, SGDStep, _prox_sgd)
+ADAM = Update(AdamTensors, AdamStep, prox_adam)

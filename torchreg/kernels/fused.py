@@ -34,8 +34,8 @@ class FusedSteps:
         Args:
             parts: the tensors and hyperparameters of every param group.
             wishes: what they say of the implementation.
-            grad_scale: what the gradients are divided by; on a GPU only.
-            found_inf: where it is 1 nothing changes; on a GPU only, where no host waits for it.
+            grad_scale: what the gradients are divided by; on GPUs only.
+            found_inf: where it is 1 nothing changes; on GPUs only, where no host waits for it.
 
         Raises:
             ValueError: if a gradient or buffer is of another size than its parameter; nothing is changed then.
@@ -69,9 +69,9 @@ class FusedSteps:
                 tensors.advance()
             plan.update(here, same)
             if device.type == "cpu":
-                native.run(self._update.name, plan)
+                native.run(self._update.step.KERNEL, plan)
             else:
-                triton_step.run(self._update.name, plan, grad_scale, found_inf)
+                triton_step.run(self._update.step.KERNEL, plan, _on(device, grad_scale), _on(device, found_inf))
             plan.finish()
             if found_inf is not None:
                 for tensors, _ in here:
@@ -101,6 +101,11 @@ class FusedSteps:
             plan.counts[:, COUNTS.index("new") : COUNTS.index("revived") + 1] = 0
             taken.append(rows)
         return taken
+
+
+def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
+    """On the device of a plan: GradScaler has one for all of them."""
+    return value if value is None else value.to(device, non_blocking=True)
 
 
 def _check_sizes(tensors: Tensors) -> None:

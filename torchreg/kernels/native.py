@@ -16,7 +16,7 @@ from torchreg.kernels.problem import AdamStep, SGDStep
 PIECE_SIZE = 1 << 18
 DTYPES = (torch.float32, torch.float64)
 
-_STEPS: dict[str, type[SGDStep] | type[AdamStep]] = {"prox_sgd": SGDStep, "prox_adam": AdamStep}
+_STEPS = {step.KERNEL: step for step in (SGDStep, AdamStep)}
 _SHARED = "step.h"
 
 
@@ -32,13 +32,13 @@ class _Plan(ctypes.Structure):
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why there are no compiled steps on this machine, or None. Builds one, once."""
-    return toolchain.obstacle(functools.partial(_library, "prox_sgd"))
+def unavailable(name: str = SGDStep.KERNEL) -> str | None:
+    """Why the kernel of this name is not there on this machine, or None. Builds it, once."""
+    return toolchain.obstacle(functools.partial(_library, name))
 
 
 def run(name: str, plan: Plan) -> None:
-    """One step of every tensor of the plan, by the kernel of this name (as in `Update`)."""
+    """One step of every tensor of the plan, by the kernel of this name."""
     if not plan.pieces.shape[1]:
         return
     if plan.view is None:

@@ -110,6 +110,9 @@ class SGDStep:
     ``prox_step`` is the step τ of the proximal operator: learning rate times momentum gain times strength scale.
     """
 
+    KERNEL: ClassVar = "prox_sgd"
+    """The name of its fused kernels."""
+
     HYPERS: ClassVar = (
         *("lr", "momentum", "gain", "decay", "prox_step", "sign", "nesterov", "rounds"),
         *Strengths._fields,
@@ -168,6 +171,9 @@ class AdamStep:
     ``prox_step`` is learning rate times strength scale. In Adam's own metric it is divided by √v̂ + ε, else
     (``identity``) taken as it is.
     """
+
+    KERNEL: ClassVar = "prox_adam"
+    """The name of its fused kernels."""
 
     HYPERS: ClassVar = (
         *("lr", "beta1", "beta2", "eps", "decay", "keep", "prox_step", "sign", "identity", "rounds"),
@@ -243,7 +249,6 @@ class Update:
     ``eager`` takes the tensors, the step and the group's wish for multi-tensor operations.
     """
 
-    name: str
     tensors: type[Tensors]
     step: type[SGDStep] | type[AdamStep]
     eager: Callable[[Any, Any, bool | None], None]

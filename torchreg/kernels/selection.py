@@ -22,10 +22,10 @@ SMALLEST = 1 << 16
 """Weights on the CPU from which the compiled kernel is chosen unasked: below, building it does not pay."""
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable(device: torch.device, kernel: str = SGDStep.KERNEL) -> str | None:
     """Why a device has no fused step, or None. On the CPU this builds the kernel, where it can be built."""
     if device.type == "cpu":
-        return native.unavailable()
+        return native.unavailable(kernel)
     if device.type == "cuda":
         return triton_step.unavailable()
     return f"there is none for {device.type}, only for cpu and cuda"
@@ -69,10 +69,9 @@ def fused_positions(
     return positions
 
 
-def pays(parameters: list[Tensor]) -> bool:
-    """Whether a fused step of these is chosen unasked: on a GPU always, on the CPU for many weights."""
-    on_cpu = sum(p.numel() for p in parameters if p.device.type == "cpu")
-    return on_cpu >= SMALLEST or on_cpu == 0
+def pays(device: torch.device, parameters: list[Tensor]) -> bool:
+    """Whether a fused step of those on a device is chosen unasked: on a GPU always, on the CPU for many weights."""
+    return device.type != "cpu" or sum(p.numel() for p in parameters if p.device.type == "cpu") >= SMALLEST
 
 
 class Arrangement:
@@ -160,14 +159,12 @@ def _settle(parts: Sequence[Part], wishes: Sequence[Wish], positions: list[list[
     """Empty the positions of groups that nobody asked to fuse and where it does not pay or can't be had."""
     candidates = [tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen]
     penalised = any(step.penalty is not None and tensors.params for tensors, step in parts)
-    unasked = penalised and pays(candidates)
-    for (tensors, _), (wish, _), chosen in zip(parts, wishes, positions, strict=True):
-        if not chosen or (wish is None and not unasked):
-            chosen.clear()
-            continue
+    unasked = {device: penalised and pays(device, candidates) for device in {p.device for p in candidates}}
+    for (tensors, step), (wish, _), chosen in zip(parts, wishes, positions, strict=True):
         for device in {tensors.params[i].device for i in chosen}:
-            reason = unavailable(device)
+            refused = wish is None and not unasked[device]
+            reason = None if refused else unavailable(device, step.KERNEL)
             if reason is not None and wish:
                 raise RuntimeError(f"`fused=True` can't be had on {device}: {reason}.")
-            if reason is not None:
+            if refused or reason is not None:
                 chosen[:] = [i for i in chosen if tensors.params[i].device != device]

@@ -39,7 +39,7 @@ def run(name: str, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tens
     """One step of every tensor of the plan. Nothing waits for the device.
 
     Args:
-        name: of the kernel, as in `Update`.
+        name: of the kernel.
         plan: the tensors and hyperparameters.
         grad_scale: what the gradients are divided by, a one-element tensor on the device.
         found_inf: where it is 1 nothing changes, a one-element tensor on the device.

@@ -283,7 +283,8 @@ class ProximalOptimizer(SettlingOptimizer):
             return
         metric = group.get("metric") == "adam"
         for p in map(local, group["params"]):
-            reason = kernels.selection.obstacle(p, group["penalty"], metric) or kernels.selection.unavailable(p.device)
+            reason = kernels.selection.obstacle(p, group["penalty"], metric)
+            reason = reason or kernels.selection.unavailable(p.device, self._update.step.KERNEL)
             if reason is not None:
                 raise RuntimeError(f"`fused=True` can't be had for a parameter of shape {tuple(p.shape)}: {reason}.")
 
