@@ -118,6 +118,46 @@ def test_a_cuda_graph_replays_the_step_with_new_numbers(case, form, dtype):
         torch.testing.assert_close(a, b)
 
 
+@optimizers
+def test_a_graph_is_right_after_other_steps_have_been_taken(case):
+    """Which have other gradients and learning rates, and send tables of their own."""
+
+    def start():
+        params = on_gpu(parameters(torch.float32))
+        strength = torch.full(params[0].shape, 0.3, device="cuda")
+        groups = [{"params": params[:1], "penalty": L1(strength)}, {"params": params[1:], "penalty": L1(0.3)}]
+        return params, strength, case(groups, **{**case.usual, "lr": torch.tensor(0.1, device="cuda")}, capturable=True)
+
+    params, strength, opt = start()
+    others, other_strength, other = start()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        opt.step()
+    torch.cuda.current_stream().wait_stream(side)
+    other.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    fixed = [p.grad for p in params]
+    for i in range(4):
+        for s in (strength, other_strength):
+            s.fill_(0.3 + i)
+        if i % 2:
+            for p, grad in zip((*params, *others), fixed * 2, strict=True):
+                p.grad = grad + i
+            opt.step()
+            torch.cuda.empty_cache()
+            _ = [torch.full((1 << 20,), 7, dtype=torch.int64, device="cuda") for _ in range(4)]  # over what was freed
+        else:
+            for p, grad in zip((*params, *others), fixed * 2, strict=True):
+                p.grad = grad
+            graph.replay()
+        other.step()
+        for a, b in zip(snapshot(params), snapshot(others), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 CAPTURED = {  # the feature's own optimizer is not made for capture
     "Proximal": lambda reg: Part(Proximal(torch.optim.SGD(reg.param_groups(), lr=0.1, momentum=0.9))),
     "freeze_zeros": lambda reg: Part(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+import weakref
 
 import pytest
 import torch
 from optimizer_cases import PENALTIES, identical, parameters, set_gradients, snapshot
 from test_fused_step import NUMBERS
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_support import require_triton
 
 from torchreg import L1, ElasticNet, GroupLasso, SparseGroupLasso
-from torchreg.kernels import SGDStep, SGDTensors, fused_form, reference, triton_step
+from torchreg.kernels import SGD, SGDStep, SGDTensors, fused_form, graphs, reference, triton_step
+from torchreg.kernels.fused import FusedSteps
 from torchreg.kernels.pieces import LONGEST
 from torchreg.kernels.plan import COUNTS, Plan
 
@@ -136,6 +141,69 @@ def test_sizes_around_blocks_and_pieces_write_nothing_else(dtype, shift):
     for (memory, view), size in zip([*placed_params, *placed_buffers], sizes * 2, strict=True):
         assert int(memory.isnan().sum()) == len(memory) - size
         assert not view.isnan().any()
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """What is done inside is done as while a CUDA graph is captured; test_cuda_step.py captures some."""
+
+    @contextlib.contextmanager
+    def inside():
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, "is_captured", lambda: True)
+            yield
+
+    return inside
+
+
+def test_a_captured_step_shares_no_memory_with_other_steps_that_they_could_free_or_fill(capturing):
+    ours, others = given(torch.float32, True), given(torch.float32, True, seed=1)
+    step = a_step(ElasticNet(torch.rand(()), 0.1), momentum=0.9)
+    plan = launch([(ours, step)])
+    sent = {name: tensor for name, (_, tensor) in plan.uploads.items()}
+    with capturing():
+        launch([(ours, step)], plan)
+    assert {name: tensor for name, (_, tensor) in plan.uploads.items()} == sent
+    assert len(plan.captured) > len(sent)  # from what the graph copies, and where it counts
+    read = [weakref.ref(t) for t in plan.captured]
+    launch([(others, a_step(L1(0.1)))], plan)
+    assert all(there() is not None for there in read)
+    assert copy.deepcopy(plan).captured == []
+
+
+def test_a_captured_step_lays_out_strengths_at_every_replay(capturing):
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.copy_.default:
+                copied.append(args)
+            return function(*args, **(kwargs or {}))
+
+    w, copied = torch.ones(4, device=DEVICE), []
+    strength, step = torch.full((4,), 0.5, device=DEVICE), None
+    tensors, step = SGDTensors([w], [torch.zeros_like(w)]), a_step(L1(strength))
+    plan = launch([(tensors, step)])
+    with capturing(), Copies():
+        plan.update([(tensors, step)], same=True)
+    assert [source.data_ptr() for _, source, *_ in copied] == [strength.data_ptr()]
+    strength.zero_()
+    for args in copied:  # as a replay does
+        torch.ops.aten.copy_.default(*args)
+    w.fill_(1.0)
+    triton_step.run("prox_sgd", plan)
+    assert torch.equal(w, torch.ones_like(w))
+
+
+def test_what_a_captured_step_was_told_outlives_the_steps_after_it():
+    kind = (DEVICE, torch.float32)
+    fused, kept = FusedSteps(SGD), []
+    for captured in (True, False):
+        plan = fused._plans[kind] = Plan(*kind, triton_step.PIECE_SIZE)
+        plan.captured += [plan.counts] * captured
+        kept.append(weakref.ref(plan))
+        del plan
+        fused.clear()
+    assert [there() is not None for there in kept] == [True, False]
+    assert copy.deepcopy(fused)._captured == []
 
 
 def test_one_launch_takes_groups_with_their_own_numbers():

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from torchreg import sharding
 from torchreg.goals import Goal, checked_fraction, goals, place
+from torchreg.kernels.graphs import is_captured
 from torchreg.monitor.transfer import Transfer, fetch
 from torchreg.optim.groups import acting, checked_scale
-from torchreg.optim.penalized import is_captured
 from torchreg.penalties import sharded
 from torchreg.penalties.base import Step, host_scalar
 from torchreg.penalties.grouped import Grouped

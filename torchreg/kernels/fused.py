@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class FusedSteps:
     def __init__(self, update: Update) -> None:
         self._update = update
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
+        self._captured: list[Plan] = []
         self._arrangement: Arrangement | None = None
         self._changed: list[Tensor] = []
 
@@ -56,8 +58,7 @@ class FusedSteps:
                 _check_sizes(tensors)
         torch.autograd.graph.increment_version(changed)  # may raise
         self._changed = changed
-        # counts are of this step
-        self._plans = {kind: self._plans[kind] for kind in taken if kind in self._plans}
+        self._forget(set(self._plans) - set(taken))  # counts are of this step
         for kind, here in taken.items():
             device, dtype = kind
             plan = self._plans.get(kind)
@@ -81,8 +82,16 @@ class FusedSteps:
 
     def clear(self) -> None:
         """Forget the counts: the last step was not a fused one."""
-        self._plans.clear()
+        self._forget(set(self._plans))
         self._arrangement, self._changed = None, []
+
+    def _forget(self, kinds: set[tuple[torch.device, torch.dtype]]) -> None:
+        """Leave plans; but those that captured graphs were told of are kept, since nobody tells when graphs go."""
+        dropped = [self._plans.pop(kind) for kind in kinds]
+        self._captured += [plan for plan in dropped if plan.captured]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_captured": []}
 
     def counted(self) -> list[Tensor]:
         """The parameters that the last step counted."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchreg.kernels import graphs
 from torchreg.kernels.fused_form import run, strengths
 from torchreg.kernels.pieces import cut
 from torchreg.kernels.problem import AdamStep, SGDStep, Tensors
@@ -45,7 +46,7 @@ class Plan:
         traced: hyperparameters that are tensors on a device, as (row, column, tensor): the host does not read them.
         late: columns of the table some of whose entries are tensors on a device, by name.
         uploads: a device's copies of these arrays, by name, each with what it was copied from.
-        captured: host memory that a captured graph copies from.
+        captured: memory that captured graphs read and write at every replay.
         view: what a compiled kernel is given of these arrays, which stay in their places until they are laid out anew.
     """
 
@@ -83,6 +84,7 @@ class Plan:
             same: whether the parameters and their memory are those of the last update, which then must have succeeded.
         """
         self._copies, self.traced, self.late = [], [], {}
+        captured = graphs.is_captured()
         if not same:
             self._lay_out(parts)
         for name in self._filled:
@@ -95,9 +97,9 @@ class Plan:
             table = self.table[:, here]
             if not (quick and self._quick_addresses(table, tensors)):
                 self._addresses(table, tensors)
-            if self._told[row] is not step:
+            if self._told[row] is not step or captured:
                 self._hyperparameters(row, step)
-                self._strength_addresses(table, tensors.params, step)
+                self._strength_addresses(table, tensors.params, step, captured)
             for name, values in {"seed": tensors.seeds, **step.columns(tensors)}.items():
                 if values:
                     columns.setdefault(name, [0] * len(self.params))[here] = values
@@ -126,8 +128,12 @@ class Plan:
         self.view = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has arrays of its own, which the view is not of."""
-        return self.__dict__ | {"view": None}
+        """A copy has arrays of its own, of which neither the view is nor any graph."""
+        return self.__dict__ | {"view": None, "captured": []}
+
+    def memory(self) -> list[Tensor]:
+        """What a step reads and writes on the device beside the optimizer's own tensors and what is uploaded."""
+        return [self.counts, *self._rooms.values(), *(laid_out for *_, laid_out in self._strengths.values())]
 
     def owners(self) -> Tensor:
         """The tensor of each piece, on the device."""
@@ -216,8 +222,11 @@ class Plan:
         self.traced.append((row, column, value.detach().reshape(())))
         return math.nan
 
-    def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep | AdamStep) -> None:
-        """Strengths of each coordinate, laid out like the weight; kept while they and the weight stay the same."""
+    def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep | AdamStep, captured: bool) -> None:
+        """Strengths of each coordinate, laid out like the weight; kept while they and the weight stay the same.
+
+        A graph that is captured lays them out at every replay.
+        """
         if not isinstance(step.penalty, _Shrinkage):
             return
         for name, strength in zip(("l1", "l2"), step.penalty.parts(), strict=True):
@@ -228,9 +237,12 @@ class Plan:
                 layout = p.shape, p.stride()
                 known, seen, made_for, laid_out = self._strengths.get(key, (None, None, layout, p))
                 version = None if strength.is_inference() else strength._version  # None: changes can't be seen
-                if known is not strength or version is None or version != seen or made_for != layout:
+                is_new = known is not strength or made_for != layout
+                if is_new:
                     like = p.detach() if is_dense(p) else p.detach().contiguous()
-                    laid_out = torch.empty_like(arithmetic(like)).copy_(strength.expand(p.shape))
+                    laid_out = torch.empty_like(arithmetic(like))
+                if is_new or version is None or version != seen or captured:
+                    laid_out.copy_(strength.expand(p.shape))
                     self._strengths[key] = strength, version, layout, laid_out
                 table[COLUMNS.index(name), i] = laid_out.data_ptr()
             self._filled.add(name)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchreg.kernels import graphs
 from torchreg.kernels.penalty_table import ROWS, STRENGTHS, PenaltyTable
 from torchreg.kernels.pieces import cut
 from torchreg.kernels.triton_step import DTYPES, unavailable
@@ -85,7 +86,7 @@ def _pieces(table: PenaltyTable) -> Tensor:
     """The pieces on the device: those sent earlier, unless a graph is captured, which outlives what is kept here."""
     if table.device.type != "cuda":
         return _sent(cut(table.sizes, PIECE_SIZE), table.device)
-    if torch.cuda.is_current_stream_capturing():
+    if graphs.is_captured():
         return _sent(cut(table.sizes, PIECE_SIZE), table.device)
     return _kept_pieces(table.sizes, table.device, torch.cuda.current_stream(table.device).cuda_stream)
 
@@ -100,6 +101,6 @@ def _sent(array: Any, device: torch.device) -> Tensor:
     host = torch.from_numpy(np.array(array))
     if device.type == "cuda":
         host = host.pin_memory()  # kept while it is read: pinned memory is recycled after the copy, not before
-        if torch.cuda.is_current_stream_capturing():
+        if graphs.is_captured():
             _captured.append(host)
     return host.to(device, non_blocking=True)

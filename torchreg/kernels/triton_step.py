@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchreg.kernels import graphs
 from torchreg.kernels.pieces import widths
 from torchreg.kernels.plan import ADDRESSES, COLUMNS, Plan
 
@@ -55,6 +56,8 @@ def run(name: str, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tens
         "prox_sgd": (triton_prox_sgd.prox_sgd, triton_group_sgd.prox_sgd_groups),
         "prox_adam": (triton_prox_adam.prox_adam, triton_group_adam.prox_adam_groups),
     }[name]
+    if graphs.is_captured():
+        plan.captured += plan.memory()
     table, pieces, hypers = (_uploaded(plan, name) for name in ("table", "pieces", "hypers"))
     for entry, values in plan.late.items():
         tensors = [value if isinstance(value, Tensor) else torch.tensor(value) for value in values]
@@ -107,16 +110,23 @@ def _launches(plan: Plan) -> list[tuple[int, int, int, bool]]:
 
 
 def _uploaded(plan: Plan, name: str) -> Tensor:
-    """A host array of the plan on its device: the copy of an earlier step where nothing has changed since."""
+    """A host array of the plan on its device: the copy of an earlier step where nothing has changed since.
+
+    A graph that is captured has a copy of its own, which is filled at every replay: no other step can count on it, nor
+    it on theirs.
+    """
     array: Any = getattr(plan, name)
     known, tensor = plan.uploads.get(name, (None, None))
-    if known is None or tensor is None or not np.array_equal(known, array, equal_nan=True):  # NaN: in a tensor
-        known = array.copy()
-        host = torch.from_numpy(array.copy())  # another copy: what is late or traced is written to it on the CPU
+    captured = graphs.is_captured()
+    if (
+        captured or known is None or tensor is None or not np.array_equal(known, array, equal_nan=True)
+    ):  # NaN: in a tensor
+        host = torch.from_numpy(array.copy())  # what is late or traced is written to it on the CPU
         if plan.device.type == "cuda":
             host = host.pin_memory()  # kept while it is read: pinned memory is recycled after the copy, not before
-            if torch.cuda.is_current_stream_capturing():
-                plan.captured.append(host)  # the graph reads it again at every replay
         tensor = host.to(plan.device, non_blocking=True)
-        plan.uploads[name] = known, tensor
+        if captured:
+            plan.captured.append(host)
+        else:
+            plan.uploads[name] = array.copy(), tensor
     return tensor

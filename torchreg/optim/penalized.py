@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from torchreg.kernels.graphs import is_captured
 from torchreg.optim.groups import (
     adopt_penalties,
     check_form,
@@ -20,13 +21,6 @@ from torchreg.optim.groups import (
     share_scales,
 )
 from torchreg.optim.loading import all_or_nothing
-
-
-def is_captured() -> bool:
-    """Whether what happens now is captured in a torch.cuda.CUDAGraph, whose replays would repeat the host's numbers."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_available():
-        return False
-    return torch.cuda.is_current_stream_capturing()
 
 
 class PenalizedOptimizer(Optimizer):
