@@ -534,6 +534,8 @@ def test_only_parameters_with_a_gradient_are_counted():
         assert len(torch.cat(opt.step_counts().take_counts())) == 1
     a.grad = b.grad = None
     opt.step()
+    assert opt.step_counts().counted() == []
+    assert len(opt.step_counts().take_changes()) == 1  # of the steps before
     assert opt.step_counts() is None
 
 

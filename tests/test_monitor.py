@@ -188,6 +188,32 @@ def test_a_fused_step_s_own_counts_are_logged(monkeypatch):
     assert counted.log()["0.weight"].zero_rows == report["0.weight"].zero_rows
 
 
+@pytest.mark.parametrize(
+    "absent", [lambda step: {step % 2}, lambda step: {0, 1} if step % 3 else set()], ids=["turns", "all"]
+)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_changes_are_every_step_s_whichever_parameters_had_gradients(absent, dtypes):
+    def logged(fused, every):
+        torch.manual_seed(0)
+        params = nn.ParameterList([nn.Parameter(torch.randn(2000, dtype=dtype)) for dtype in dtypes])
+        reg = Regularizer(params, {"*": L1(0.3)})
+        opt = ProxSGD(reg.param_groups(), lr=0.3, fused=fused)
+        writer = Recorder()
+        with SparsityMonitor(reg, writer, every=every, optimizer=opt) as monitor:
+            for step in range(8):
+                for i, p in enumerate(params):
+                    p.grad = None if i in absent(step) else torch.randn(p.shape, dtype=p.dtype)
+                opt.step()
+                monitor.step()
+        return writer.scalars
+
+    ours, each = logged(True, 4), logged(False, 1)
+    for tag in ("zeros/new", "zeros/revived"):
+        changes = dict(each[tag])
+        assert ours[tag] == [(last, sum(changes[s] for s in range(last - 3, last + 1))) for last in (4, 8)]
+        assert sum(changes.values()) > 0
+
+
 def test_what_the_step_did_not_count_is_counted_by_the_monitor():
     net = nn.Sequential(linear([0.0, 3.0, 0.0, 0.1]), linear([1.0], [0.0]))
     net[1].weight.requires_grad_(False)

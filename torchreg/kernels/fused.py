@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels import native, triton_step
-from torchreg.kernels.plan import COUNTS, Part, Plan, identical
+from torchreg.kernels.changes import Changes
+from torchreg.kernels.plan import CHANGES, COUNTS, Part, Plan, identical
 from torchreg.kernels.problem import Tensors, Update
 from torchreg.kernels.selection import Arrangement, Chosen, Wish
 
@@ -21,6 +22,7 @@ class FusedSteps:
         self._update = update
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
         self._captured: list[Plan] = []
+        self._left: dict[tuple[torch.device, torch.dtype], Changes] = {}
         self._arrangement: Arrangement | None = None
         self._changed: list[Tensor] = []
 
@@ -58,7 +60,9 @@ class FusedSteps:
                 _check_sizes(tensors)
         torch.autograd.graph.increment_version(changed)  # may raise
         self._changed = changed
-        self._forget(set(self._plans) - set(taken))  # counts are of this step
+        for kind in set(self._plans) - set(taken):  # counts are of this step, but for changes, which add up
+            self._left[kind] = self._plans[kind].leave()
+            self._forget({kind})
         for kind, here in taken.items():
             device, dtype = kind
             plan = self._plans.get(kind)
@@ -66,6 +70,7 @@ class FusedSteps:
             if plan is None:
                 size = native.PIECE_SIZE if device.type == "cpu" else triton_step.PIECE_SIZE
                 plan = self._plans[kind] = Plan(device, dtype, size, self._update.step)
+                plan.changes = self._left.pop(kind, plan.changes)
             for tensors, _ in here:
                 tensors.advance()
             plan.update(here, same)
@@ -83,6 +88,7 @@ class FusedSteps:
     def clear(self) -> None:
         """Forget the counts: the last step was not a fused one."""
         self._forget(set(self._plans))
+        self._left.clear()
         self._arrangement, self._changed = None, []
 
     def _forget(self, kinds: set[tuple[torch.device, torch.dtype]]) -> None:
@@ -101,15 +107,29 @@ class FusedSteps:
         """What was counted, without waiting: per device a float64 tensor, a row per parameter of `counted`, in order.
 
         The columns are zeros, newly zero, revived, Σ|w| and Σw² after the last step; newly zero and revived weights
-        are summed over the steps since the last call.
+        are summed over the steps since the last call, those left out of which `take_changes` tells.
         """
         taken = []
         for plan in self._plans.values():
             owners = plan.owners()
             rows = plan.counts.new_zeros(len(plan.params), len(COUNTS)).index_add_(0, owners, plan.counts)
-            plan.counts[:, COUNTS.index("new") : COUNTS.index("revived") + 1] = 0
+            plan.counts[:, CHANGES] = 0
             taken.append(rows)
         return taken
+
+    def has_changes(self) -> bool:
+        """Whether `take_changes` has something to tell, though the last step may have found no gradients."""
+        return bool(self._left)
+
+    def take_changes(self) -> list[tuple[dict[int, int], Tensor]]:
+        """What has been counted beside that since the last call, while other parameters had gradients.
+
+        For every device and dtype there are float64 rows of newly zero and revived weights, and the row of each
+        parameter by its id.
+        """
+        everywhere = [plan.changes for plan in self._plans.values()] + list(self._left.values())
+        self._left = {}
+        return [(rows, sums) for rows, sums in (changes.take() for changes in everywhere) if rows]
 
 
 def _on(device: torch.device, value: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchreg.kernels import graphs
+from torchreg.kernels.changes import Changes
 from torchreg.kernels.fused_form import run, strengths
 from torchreg.kernels.pieces import cut
 from torchreg.kernels.problem import AdamStep, SGDStep, Tensors
@@ -30,6 +31,9 @@ ADDRESSES = 5
 COUNTS = ("zeros", "new", "revived", "l1", "l2")
 """float64, per piece: zeros, newly zero, revived, Σ|w| and Σw². New and revived add up until they are taken."""
 
+CHANGES = slice(COUNTS.index("new"), COUNTS.index("revived") + 1)
+"""The columns of `COUNTS` that add up."""
+
 Part = tuple[Any, Any]
 """The tensors and the step of a param group: `SGDTensors` with an `SGDStep`, or Adam's."""
 
@@ -43,6 +47,7 @@ class Plan:
         hypers: float64, a row per param group, a column for each of the step's ``HYPERS``.
         pieces: int64, the tensor, the first element and the number of elements of every piece; see `cut`.
         counts: float64, a row per piece, a column for each of `COUNTS`.
+        changes: the newly zero and revived that were counted before the table was laid out anew.
         traced: hyperparameters that are tensors on a device, as (row, column, tensor): the host does not read them.
         late: columns of the table some of whose entries are tensors on a device, by name.
         uploads: a device's copies of these arrays, by name, each with what it was copied from.
@@ -63,6 +68,7 @@ class Plan:
         self.hypers = np.zeros((0, len(step.HYPERS)))
         self.pieces = np.zeros((3, 0), dtype=np.int64)
         self.counts = torch.zeros(0, len(COUNTS), dtype=torch.float64, device=device)
+        self.changes = Changes(device)
         self.traced: list[tuple[int, int, Tensor]] = []
         self.late: dict[str, list[int | Tensor]] = {}
         self.uploads: dict[str, tuple[Any, Tensor]] = {}
@@ -147,7 +153,14 @@ class Plan:
             original.copy_(copy)
         self._copies = []
 
+    def leave(self) -> Changes:
+        """The newly zero and revived of all steps since they were taken last. The plan is given up, or cut anew."""
+        if len(self.counts):
+            self.changes.add(self.params, self.pieces[0], self.counts[:, CHANGES])
+        return self.changes
+
     def _cut(self, sizes: Any, runs: Any) -> None:
+        self.leave()
         self.pieces = cut(tuple(sizes.tolist()), self.piece_size, tuple(runs.tolist()))
         self.counts = torch.zeros(self.pieces.shape[1], len(COUNTS), dtype=torch.float64, device=self.device)
         self._owners = None

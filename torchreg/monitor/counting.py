@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,13 @@ def counted_all(weights: Sequence[Tensor]) -> list[Tensor]:
         _completed(vector, where) if where.groups else vector
         for vector, where in zip(sharding.summed(parts, layouts), layouts, strict=True)
     ]
+
+
+def largest(w: Tensor) -> Tensor:
+    """max |w|, NaN if there is one: one pass, where torch's norm takes 20 times as long on the CPU."""
+    if w.is_complex():
+        return torch.linalg.vector_norm(w, math.inf)
+    return torch.stack(torch.aminmax(w)).abs().max()
 
 
 def changed(before: Mapping[str, Tensor], weights: Sequence[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:

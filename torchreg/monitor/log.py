@@ -22,6 +22,7 @@ class Log:
     Attributes:
         step: the step it is written at.
         positions: the row of each weight in the counts of the optimizer's step, where it was counted there.
+        earlier: where steps have counted the changes of a weight before others had gradients, by name.
         shapes: of all weights, by name.
         penalties: the penalty of each weight whose counts tell its value.
         measured: the user's own measures, by tag.
@@ -34,6 +35,7 @@ class Log:
         self.asked: dict[tuple[str, str], Tensor] = {}
         self.answers: dict[tuple[str, str], Tensor] = {}
         self.positions: dict[str, int] = {}
+        self.earlier: dict[str, tuple[str, int]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.penalties: dict[str, Penalty] = {}
         self.measured: dict[str, float] = {}
@@ -71,8 +73,12 @@ class Log:
     def changes(self) -> tuple[int, int]:
         """Weights that became zero, and that left it, since the last log."""
         new, revived = self.answers["changes", ""].tolist()
-        rows = [self._counted(name) for name in self.positions]
-        return int(new + sum(row["new"] for row in rows)), int(revived + sum(row["revived"] for row in rows))
+        for row in map(self._counted, self.positions):
+            new, revived = new + row["new"], revived + row["revived"]
+        for part, position in self.earlier.values():
+            more = self.answers["earlier", part][position].tolist()
+            new, revived = new + more[0], revived + more[1]
+        return int(new), int(revived)
 
     def penalty(self) -> float:
         """The value of the penalties."""

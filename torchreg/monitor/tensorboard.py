@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchreg.monitor.counting import changed, counted_all, named_weights, which_weights
+from torchreg.monitor.counting import changed, counted_all, largest, named_weights, which_weights
 from torchreg.monitor.finite import nonfinite
 from torchreg.monitor.guarded import GuardedWriter, check_writer, warn
 from torchreg.monitor.layout import layout
@@ -179,14 +178,14 @@ class SparsityMonitor:
         """
         log = Log(self.steps, self.weights)
         weights = list(named_weights(self.source))
-        positions = self._ask_counts(log)
-        log.positions = {name: positions[id(w)] for name, w in weights if id(w) in positions}
+        self._ask_counts(log, {id(w): name for name, w in weights})
         log.shapes = {name: tuple(w.shape) for name, w in weights}
         passed = [(name, w) for name, w in weights if not quick or name not in log.positions]
         for (name, _), counts in zip(passed, counted_all([w for _, w in passed]), strict=True):
             log.ask("weight", name, counts)
         uncounted = [(name, w) for name, w in weights if name not in log.positions]
-        self._were_zero, changes = changed(self._were_zero, uncounted)
+        before = {name: was for name, was in self._were_zero.items() if name not in log.earlier}
+        self._were_zero, changes = changed(before, uncounted)
         log.ask("changes", "", changes)
         for tag, value in self._scalars(log if quick else None):
             log.ask("scalar", tag, _tensor(value))
@@ -195,7 +194,7 @@ class SparsityMonitor:
                 log.ask("groups", name, alive)
         for name, w in weights:
             if isinstance(w.grad, Tensor) and w.grad.layout == torch.strided and local(w.grad).numel():
-                log.ask("gradient", name, torch.linalg.vector_norm(local(w.grad), math.inf))
+                log.ask("gradient", name, largest(local(w.grad)))
             if self.histograms or self.images:
                 w = whole(w)
             if self.histograms:
@@ -304,14 +303,17 @@ class SparsityMonitor:
         self.steps = self._logged_at = self._ended_at = int(state["steps"])
         self._were_zero, _ = changed({}, list(named_weights(self.source)))
 
-    def _ask_counts(self, log: Log) -> dict[int, int]:
-        """Ask for what the optimizer's last step counted, if it did; the row of each parameter's id."""
+    def _ask_counts(self, log: Log, names: Mapping[int, str]) -> None:
+        """Ask for what the optimizer's last step counted, if it did, of the weights that have a name, by id."""
         counts = getattr(self.optimizer, "step_counts", _nothing)()
         if counts is None:
-            return {}
+            return
         for i, rows in enumerate(counts.take_counts()):
             log.ask("counts", str(i), rows)
-        return {id(p): row for row, p in enumerate(counts.counted())}
+        log.positions = {names[id(p)]: row for row, p in enumerate(counts.counted()) if id(p) in names}
+        for i, (rows, sums) in enumerate(counts.take_changes()):
+            log.ask("earlier", str(i), sums)
+            log.earlier |= {names[p]: (str(i), row) for p, row in rows.items() if p in names}
 
     def _scalars(self, log: Log | None) -> Iterator[tuple[str, Tensor | float]]:
         if self._loss is not None:

@@ -98,8 +98,8 @@ class ProximalOptimizer(SettlingOptimizer):
         return loss
 
     def step_counts(self) -> kernels.FusedSteps | None:
-        """What the last step counted of the weights on its way, or None if it was not a fused one."""
-        return self._fused if self._fused.counted() else None
+        """What the last steps counted of the weights on their way, or None if the last was not a fused one."""
+        return self._fused if self._fused.counted() or self._fused.has_changes() else None
 
     def register_prox_pre_hook(self, hook: Hook) -> RemovableHandle:
         """Call ``hook(optimizer, points)`` in every step between the descent and the proximal operators.
