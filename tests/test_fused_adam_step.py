@@ -26,6 +26,8 @@ from torchreg import L1, L2, ElasticNet, GroupLasso, ProxAdamW, SparseGroupLasso
 from torchreg.kernels import ADAM, AdamStep, AdamTensors, native, triton_step
 from torchreg.kernels.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 HYPERS = {
     "plain": {},
     "amsgrad": {"amsgrad": True},

@@ -15,7 +15,10 @@ from torchreg import L1, L2, ElasticNet, GroupLasso, ProxAdamW, ProxSGD, SparseG
 from torchreg.groups import Blocks, Heads
 from torchreg.kernels import SGD, FusedSteps, SGDStep, SGDTensors, native, proximal_step, reference
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"no kernel: {native.unavailable()}")
+pytestmark = [
+    pytest.mark.skipif(native.unavailable() is not None, reason=f"no kernel: {native.unavailable()}"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 PIECE = native.PIECE_SIZE
 STEP_H = (Path(native.__file__).parent / "step.h").read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from torchreg.penalties.tiles import is_dense
 
 pytestmark = [
     pytest.mark.skipif(native_penalty.unavailable() is not None, reason="needs a C compiler"),
+    pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter's numpy
 ]
 

@@ -21,7 +21,10 @@ from torchreg.kernels.fused import FusedSteps
 from torchreg.kernels.pieces import LONGEST
 from torchreg.kernels.plan import COUNTS, Plan
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter's numpy
+]
 
 
 @pytest.fixture(autouse=True)
