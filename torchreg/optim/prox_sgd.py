@@ -72,6 +72,7 @@ class ProxSGD(ProximalOptimizer):
             compiler is found (``TORCHREG_NATIVE=0`` switches that off). None chooses: yes beside a penalty, on the
             CPU from 65536 weights. True raises where it can't be had. ``torchreg doctor`` tells what a machine has.
             L1, L2, Elastic Net have it, and (sparse) group lasso where groups are neighbours in memory, as rows are.
+            Where ``torch.compile`` traces the step, it fuses the eager form instead, whatever is said here.
         stochastic_rounding: how half-precision weights with a penalty are rounded; False rounds to nearest.
 
     A step with ``found_inf`` set changes nothing. ``state_dict()`` holds numbers, strings and tensors only, penalties
