@@ -238,6 +238,27 @@ def test_far_from_the_solution_a_small_strength_is_not_certified() -> None:
     assert model.dual_gap_ >= objective(model, x, y) - objective(exact, x, y) > 0
 
 
+@pytest.mark.parametrize("constant", [7.0, 1.0, 0.1, 0.0])
+@pytest.mark.parametrize("container", [np.asarray, sparse.csc_matrix, np.float32], ids=["dense", "sparse", "float32"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_without_a_penalty_a_constant_column_has_no_part(classes: int, container: Any, constant: float) -> None:
+    x, y = classification(60, 5, classes)
+    x[:, 3] = constant
+    model = LogisticRegression(C=np.inf).fit(container(x), y)
+    other = LogisticRegression(C=np.inf).fit(container(np.delete(x, 3, 1)), y)
+    assert np.abs(model.coef_[:, 3]).max() == 0
+    tolerance = 1e-3 if container is np.float32 else 1e-6
+    np.testing.assert_allclose(np.delete(model.coef_, 3, 1), other.coef_, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(model.intercept_, other.intercept_, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("weight", [5, 5.0, np.float64(5)], ids=repr)
+def test_one_weight_for_all_is_that_of_each(weight: Any) -> None:
+    x, y = classification(60, 5, 2)
+    model, each = (LogisticRegression().fit(x, y, w) for w in (weight, np.full(60, 5.0)))
+    assert np.array_equal(model.coef_, each.coef_)
+
+
 def test_separable_classes_without_a_penalty_are_named() -> None:
     x = np.array([[-2.0], [-1.0], [1.0], [2.0]])
     with pytest.warns(ConvergenceWarning, match="separable"):

@@ -11,8 +11,9 @@ from linear_cases import CASES, large_sparse_case, largest, relative_gap, sparse
 from logistic_cases import CASES as CLASSES
 from logistic_cases import classification
 from logistic_cases import relative_gap as logistic_gap
+from scipy import sparse
 
-from torchreg.linear import ElasticNet, Lasso, LassoCV, LogisticRegression, lasso_path
+from torchreg.linear import ElasticNet, Lasso, LassoCV, LogisticRegression, alpha_max, lasso_path
 from torchreg.linear.data.design import Dense, mean_squares
 from torchreg.linear.lasso import accelerated, coordinate_descent
 from torchreg.linear.lasso.fista import LeastSquares, solve_by_fista
@@ -130,6 +131,26 @@ def test_paths_and_cross_validation(solver: str) -> None:
     assert gaps.max() < 1e-12 * (y @ y) / len(y)
     model, same = (LassoCV(alphas=4, cv=3, solver=s).fit(x, y) for s in (solver, "auto"))
     np.testing.assert_allclose(model.mse_path_, same.mse_path_, rtol=1e-6)
+
+
+@compiled
+def test_columns_that_are_all_but_alike_are_solved_along_a_path() -> None:
+    """To which coordinate descent takes tens of thousands of sweeps."""
+    generator, size = np.random.default_rng(0), 2000
+    few = sparse.random(size, size // 10, 0.01, format="csc", random_state=0)
+    x = (sparse.hstack([few] * 10) + 0.1 * sparse.random(size, size, 0.001, format="csc", random_state=1)).tocsc()
+    w = np.zeros(size)
+    w[generator.choice(size, 100)] = generator.standard_normal(100)
+    y = x @ w + 0.5 * (x @ w).std() * generator.standard_normal(size)
+    alphas = np.geomspace(1, 3e-3, 15) * alpha_max(x, y, fit_intercept=False)
+    for solver in ("auto", "cd"):
+        _, coefs, gaps = lasso_path(x, y, alphas=alphas, solver=solver)
+        assert gaps.max() < 1e-12 * np.mean(y**2)
+        for alpha, w in zip(alphas, coefs.T, strict=True):
+            r = y - x @ w
+            scale = min(1, alpha * len(y) / np.abs(x.T @ r).max())
+            gap = 0.5 * (1 + scale**2) * (r @ r) / len(y) + alpha * np.abs(w).sum() - scale * (r @ y) / len(y)
+            assert gap < 1e-12 * np.mean(y**2)
 
 
 def test_newton_is_newton_also_for_large_sparse_data(monkeypatch: pytest.MonkeyPatch) -> None:

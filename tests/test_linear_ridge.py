@@ -150,6 +150,19 @@ def test_folds_are_those_of_a_grid_search(scoring: Any, weighted: bool, case: st
     close(model.coef_, search.best_estimator_.coef_, 1e-8)
 
 
+@pytest.mark.parametrize("scoring", [None, "r2"])
+@pytest.mark.parametrize("targets", [0, 2])
+def test_folds_of_a_sparse_tensor_are_those_of_a_dense_one(targets: int, scoring: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64).relu()
+    y = torch.randn(40, max(1, targets), generator=generator, dtype=torch.float64)
+    y = y if targets else y[:, 0]
+    dense, found = (RidgeCV(cv=3, scoring=scoring).fit(z, y) for z in (x, x.to_sparse()))
+    assert found.alpha_ == dense.alpha_
+    assert found.best_score_ == pytest.approx(dense.best_score_, rel=1e-12)
+    torch.testing.assert_close(found.coef_, dense.coef_)
+
+
 def test_the_scale_of_weights_matters() -> None:
     x, y = tall()
     close(Ridge(2.0).fit(x, y, 4.0).coef_, Ridge(0.5).fit(x, y).coef_)

@@ -43,7 +43,7 @@ def test_the_path_draws_what_it_is_given(axes):
     assert len(lines) == 3
     first = next(iter(lines.values()))
     assert np.allclose(first, [[1.0, 0.0], [0.1, 2.0], [0.01, 3.0]])
-    assert [text.get_text() for text in axes.texts] == ["$b$", "c", "a"]
+    assert [text.get_text() for text in axes.texts] == ["$b$", "a"]
     assert axes.get_xlim()[0] > axes.get_xlim()[1]
     (above,) = axes.child_axes
     assert [tick.get_text() for tick in above.get_xticklabels()] == ["0", "1", "2"]
@@ -55,6 +55,12 @@ def test_only_the_largest_features_have_names(axes):
     plots.coefficient_path([1.0, 0.1], coefs, axes, labels=4)
     assert [text.get_text() for text in axes.texts] == ["x27", "x28", "x29", "x30"]
     assert len(axes.lines) == 1 + 4 + 25  # the axis, the named ones, and the others but the one that stays zero
+
+
+def test_what_is_never_in_the_model_has_no_name(axes):
+    plots.coefficient_path([1.0, 0.1], [[0.0, 0.5], [0.0, 0.0], [0.0, -0.2]], axes, ["a", "b", "c"])
+    assert {text.get_text() for text in axes.texts} >= {"a", "c"}
+    assert "b" not in {text.get_text() for text in axes.texts}
 
 
 def test_names_do_not_overlap(axes):

@@ -28,8 +28,8 @@ def coefficient_path(
 ) -> Axes:
     """Draw the coefficients w(α) = argmin f(w) + α·R(w) over the strength α, strong penalties at the left.
 
-    The features with the largest coefficients have a colour and their name at the right end, the others are grey. Above
-    the axes stands how many coefficients are not zero.
+    The features with the largest coefficients have a colour, and those that are ever not zero their name at the right
+    end; the others are grey. Above the axes stands how many coefficients are not zero.
 
     Args:
         alphas: the strengths (m,), positive, in any order.
@@ -45,7 +45,7 @@ def coefficient_path(
 
     >>> from matplotlib.figure import Figure
     >>> from torchreg import plots
-    >>> axes = plots.coefficient_path([1.0, 0.1], [[0.0, 0.5], [0.0, 0.0]], Figure().subplots(), ["age", "bmi"])
+    >>> axes = plots.coefficient_path([1.0, 0.1], [[0.0, 0.5], [0.0, 0.9]], Figure().subplots(), ["age", "bmi"])
     >>> [text.get_text() for text in axes.texts]
     ['bmi', 'age']
 
@@ -74,7 +74,8 @@ def coefficient_path(
         axes.plot(strengths, _visible(table[feature]), linewidth=1.8, zorder=3, **line_style(place))
     _log_axis(axes, strengths)
     axes.set_ylabel("coefficient")
-    _label_ends(axes, [(names[f], table[f, -1], line_style(i)["color"]) for i, f in enumerate(chosen)])
+    named = [(f, line_style(place)["color"]) for place, f in enumerate(chosen) if moduli[f].any()]
+    _label_ends(axes, [(names[f], table[f, -1], color) for f, color in named])
     _count_above(axes, strengths, (np.nan_to_num(table) != 0).sum(0))
     return axes
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Design(ABC):
     device: torch.device
     eps: float
     """The relative rounding error of X's own dtype."""
+    mean: Any
+    """Column means in float64, a tensor or an array; None for no centring."""
     selective: bool = False
     """Whether the correlations of some columns cost no more than their share of those of all."""
 

@@ -88,6 +88,12 @@ class Data:
         return t.cpu().numpy() if self.home is None else t.to(self.home)
 
 
+def to_split(x: Any, cv: Any) -> Any:
+    """What scikit-learn's splitters are given for X: its number of samples, where they would only copy it."""
+    counted = isinstance(x, Tensor) or (sparse.issparse(x) and (cv is None or isinstance(cv, numbers.Integral)))
+    return np.empty((x.shape[0], 1)) if counted else x
+
+
 def read(
     estimator: Any, x: Any, y: Any, sample_weight: Any = None, check_input: bool = True, finite: bool = True
 ) -> Data:

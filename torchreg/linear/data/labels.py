@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +90,6 @@ def _weights(y: Any, classes: Any, codes: Any, sample_weight: Any, class_weight:
     """Sample weights times class weights, (n,) in float64."""
     if isinstance(sample_weight, Tensor):
         sample_weight = sample_weight.detach().cpu().numpy()
-    if isinstance(sample_weight, numbers.Number):
-        sample_weight = None
     given = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
     if class_weight is None:
         return given

@@ -16,6 +16,9 @@ from torchreg.linear.data.design import Design
 CONSTANT = 64.0  # roundings of a column's square: what is left of a constant column when its mean is taken off
 
 
+_BLOCK = 1 << 20  # non-zeros that are squared at a time
+
+
 class Sparse(Design):
     """A scipy matrix of shape (samples, features) in CSC format, on the CPU.
 
@@ -38,16 +41,28 @@ class Sparse(Design):
     @cached_property
     def squares(self) -> Any:
         """ΣZ²/n of each column."""
-        data = self.x.data.astype(np.float64) ** 2
-        if self.weights is not None:
-            data *= self.weights[self.x.indices]
-        sums = np.add.reduceat(np.append(data, 0.0), np.minimum(self.x.indptr[:-1], len(data)))
-        sums[np.diff(self.x.indptr) == 0] = 0
-        squares = sums / self.samples
+        squares = np.concatenate([np.zeros(0), *map(self._sums_of_squares, *self._blocks())]) / self.samples
         if self.mean is None:
             return squares
         left = squares - self.mean**2
         return np.where(left <= CONSTANT * self.eps * squares, 0.0, left)
+
+    def _blocks(self) -> tuple[Any, Any]:
+        """The first columns of blocks of some million non-zeros, and those after their last."""
+        starts = np.searchsorted(self.x.indptr[:-1], np.arange(0, max(1, self.x.nnz), _BLOCK))
+        starts = np.unique(starts[starts < self.features])
+        return starts, np.append(starts[1:], self.features)
+
+    def _sums_of_squares(self, start: int, stop: int) -> Any:
+        """ΣVX² of some columns."""
+        bounds = self.x.indptr[start : stop + 1]
+        inside = slice(bounds[0], bounds[-1])
+        data = self.x.data[inside].astype(np.float64) ** 2
+        if self.weights is not None:
+            data *= self.weights[self.x.indices[inside]]
+        sums = np.add.reduceat(np.append(data, 0.0), bounds[:-1] - bounds[0])
+        sums[np.diff(bounds) == 0] = 0
+        return sums
 
     def columns(self) -> Columns:
         """An empty set of columns, whose non-zeros are copied when they are added."""

@@ -15,7 +15,7 @@ from sklearn.utils._metadata_requests import _raise_for_params
 from sklearn.utils.metadata_routing import _routing_enabled, process_routing
 from torch import Tensor
 
-from torchreg.linear.data.inputs import Data, read, refuse_infinite
+from torchreg.linear.data.inputs import Data, read, refuse_infinite, to_split
 from torchreg.linear.data.precomputed import gram_of
 from torchreg.linear.estimators.elastic_net import METHODS, PLACES, ElasticNet, Lasso, TensorPrediction
 from torchreg.linear.lasso.problem import Problem, Strength
@@ -103,8 +103,8 @@ class CrossValidated(TensorPrediction):
         if _routing_enabled():
             routed = process_routing(self, "fit", sample_weight=sample_weight, **params).splitter.split
         if isinstance(X, Tensor):
-            X, y = np.empty((len(data.y), 1)), data.y[:, 0].cpu().numpy()
-        return check_cv(self.cv).split(X, y, **routed)
+            y = data.y[:, 0].cpu().numpy()
+        return check_cv(self.cv).split(to_split(X, self.cv), y, **routed)
 
     def _grids(self, problem: Problem, ratios: Any) -> list[Any]:
         """Strengths in falling order for each l1_ratio."""

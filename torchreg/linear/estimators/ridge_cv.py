@@ -21,7 +21,7 @@ from sklearn.utils._metadata_requests import _raise_for_params
 from sklearn.utils.metadata_routing import _routing_enabled, process_routing
 from torch import Tensor
 
-from torchreg.linear.data.inputs import Data, read
+from torchreg.linear.data.inputs import Data, read, to_split
 from torchreg.linear.estimators.elastic_net import PLACES, TensorPrediction
 from torchreg.linear.estimators.ridge import Ridge, keep, mean_weight
 from torchreg.linear.ridge.problem import RidgeProblem
@@ -127,6 +127,8 @@ class RidgeCV(TensorPrediction, sklearn.linear_model.RidgeCV):
         """The strengths, checked as in scikit-learn: positive, or with `cv` non-negative."""
         given = self.alphas.tolist() if isinstance(self.alphas, Tensor) else self.alphas
         several = np.ndim(given) > 0
+        if several and not len(given):
+            raise ValueError("Expected `alphas` to hold at least one strength, got none.")
         for i, alpha in enumerate(given if several else [given]):
             name = f"alphas[{i}]" if several and len(given) > 1 else "alphas"
             edge = "neither" if self.cv is None else "left"
@@ -190,9 +192,8 @@ class RidgeCV(TensorPrediction, sklearn.linear_model.RidgeCV):
         return scored
 
     def _folds(self, data: Data, X: Any, y: Any) -> Iterator[tuple[Any, Any]]:
-        if isinstance(X, Tensor):
-            X, y = np.empty((len(data.y), 1)), data.y.cpu().numpy()
-        return check_cv(self.cv).split(X, y)
+        y = data.y.cpu().numpy() if isinstance(X, Tensor) else y
+        return check_cv(self.cv).split(to_split(X, self.cv), y)
 
     def _fold_scores(self, data: Data, alphas: Tensor, mass: float, train: Any, test: Any) -> list[float]:
         """The score of the samples left out, for each strength."""
@@ -206,13 +207,12 @@ class RidgeCV(TensorPrediction, sklearn.linear_model.RidgeCV):
         weights = {}
         if data.weights is not None and _takes_weights(scorer):
             weights["sample_weight"] = _array(data.weights[torch.as_tensor(test, device=data.y.device)]) * mass
-        on_tensors = data.home is not None and isinstance(x, Tensor)
         scores = []
         for alpha in alphas:
             keep(model, part, problem, spectrum.coefficients(alpha[None] / (mass * share))[0])
             model.n_features_in_ = problem.design.features
-            if on_tensors:
-                scores.append(scorer(_Identity(), _array(model.predict(x)), truth, **weights))
+            if data.home is not None:
+                scores.append(scorer(_Identity(), _predicted(model, x), truth, **weights))
             else:
                 scores.append(scorer(model, _array(x), truth, **weights))
         return scores
@@ -243,6 +243,13 @@ class _Identity(RegressorMixin, BaseEstimator):
 
     def predict(self, predictions: Any) -> Any:
         return predictions
+
+
+def _predicted(model: Ridge, x: Any) -> Any:
+    """By a model whose coefficients are tensors; of sparse tensors, x has what they hold as scipy's matrix."""
+    if isinstance(x, Tensor):
+        return _array(model.predict(x))
+    return x @ _array(model.coef_).T + _array(model.intercept_)
 
 
 def _subset(data: Data, rows: Any) -> tuple[Data, float]:

@@ -22,6 +22,8 @@ SOLVERS = ("auto", "newton", "fista", "cd")
 """Names of methods."""
 
 _POLISHED = 1000  # non-zero coefficients of sparse data, up to which Newton steps take them to the last digit
+_FINISHED = 5000  # likewise, where coordinate descent has not ended
+_ENDED = 1e-12  # the relative gap
 _SWEEPS = 10  # of coordinate descent, for one step that users allow
 _ITERATIONS = 50  # of FISTA, likewise
 _NARROW = 256  # columns whose Gram matrix costs less than the passes over X that it saves
@@ -62,7 +64,7 @@ def solve(
     if method == "auto" and _by_coordinates(problem.design, strengths):
         found = solve_by_coordinates(problem, strengths, _SWEEPS * limit, start)
         if len(strengths) > 1 or torch.count_nonzero(found[0].values) > _POLISHED:
-            return found
+            return [_finished(problem, s, solution, limit) for s, solution in zip(strengths, found, strict=True)]
         start = found[0].values
     if len(strengths) == 1:
         return [solve_one(problem, strengths[0], limit, start)]
@@ -86,9 +88,24 @@ def _without_gram(
         elif method == "fista":
             (more,) = solve_by_fista(problem, [strength], _ITERATIONS * limit, w)
             solution = replace(more, steps=solution.steps + more.steps)
+        else:
+            solution = _finished(problem, strength, solution, limit)
         start = solution.full(problem.design.features)
         found.append(solution)
     return found
+
+
+def _finished(problem: Problem, strength: Strength, found: Solution, limit: int) -> Solution:
+    """What coordinate descent has found, or what Newton steps make of it where sweeps were not enough.
+
+    They are not for columns that are all but alike.
+    """
+    w = found.full(problem.design.features)
+    few = torch.count_nonzero(w) <= min(_FINISHED, problem.design.samples)
+    if not few or found.gap <= _ENDED * problem.power:
+        return found
+    better = solve_one(problem, strength, limit, w)
+    return replace(better, steps=found.steps) if better.gap < found.gap else found
 
 
 def _refuse(problem: Problem, method: str, gram: Tensor | bool | None) -> None:

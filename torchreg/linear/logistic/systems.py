@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchreg.linear.data.columns import CONSTANT
 from torchreg.linear.data.design import Dense, mean_squares
 from torchreg.linear.logistic.loss import Curvature
 from torchreg.linear.logistic.problem import LogisticProblem
@@ -59,13 +60,17 @@ class _Direct(System):
     def solve(self, curvature: Curvature, force: Tensor, balance: Tensor) -> Step:
         matrix, mixed = self._columns.hessian(curvature, torch.ones_like(force, dtype=torch.bool))
         right = force.flatten()
+        whole = matrix.diagonal().clone()
         eliminated = curvature.eliminated()
         if self.problem.intercept:
             matrix -= mixed @ eliminated @ mixed.T
             right = right - mixed @ (eliminated @ balance)
         matrix.diagonal().add_(self.problem.strength.l2)
-        scale = matrix.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
+        left = matrix.diagonal()
+        known = left > torch.maximum(_NULL * whole, self._rounding(curvature))
+        scale = torch.where(known, left, 1).rsqrt() * known
         matrix = matrix * scale * scale.unsqueeze(1)
+        matrix.diagonal().add_((~known).double())
         factor, stuck = factorise(matrix)
         if stuck is None:
             found = scale * torch.cholesky_solve((scale * right).unsqueeze(1), factor).squeeze(1)
@@ -75,6 +80,12 @@ class _Direct(System):
         if self.problem.intercept:
             shift = eliminated @ (balance - mixed.T @ found)
         return Step(found.reshape(force.shape), shift)
+
+    def _rounding(self, curvature: Curvature) -> Tensor:
+        """What rounding leaves of constant columns, for which the intercept does."""
+        design, total = self.problem.design, curvature.total().diagonal().unsqueeze(1)
+        mean = torch.zeros(1) if design.mean is None else torch.as_tensor(design.mean)
+        return (total * (CONSTANT * design.eps * mean.to(total)).square()).expand(-1, design.features).flatten()
 
 
 class _Products(System):
