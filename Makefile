@@ -60,6 +60,7 @@ bench-files: $(VENV)/.demo
 # In an environment of its own: adelie needs an older NumPy. About a quarter of an hour.
 bench-linear: $(VENV)-peers/.ready
 	$(VENV)-peers/bin/python benchmarks/linear.py
+	$(VENV)-peers/bin/python benchmarks/linear_gpu.py
 	$(VENV)-peers/bin/python benchmarks/logistic.py
 
 # In an environment of its own, with LassoNet, whose runs take most of the time, an hour or more. DATA=folder of

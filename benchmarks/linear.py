@@ -2,7 +2,8 @@
 
 Run `python benchmarks/linear.py`; peers that are not installed are left out. All solvers take turns on one thread, on
 the same fresh random data; what counts is CPU time, whose medians are kept in benchmarks/results/linear-cpu.json with
-the machine's name. Each solution's duality gap is computed from its coefficients.
+the machine's name. Each solution's duality gap is computed from its coefficients. What is to be reached on a GPU is
+measured by linear_gpu.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import linear_group_contenders as grouped
 import numpy as np
 import torch
 from linear_contenders import TOLERANCE, contenders, data, relative_gap
+from linear_report import judged, show, told
 from measurement import machine
 
 FRACTIONS = {
@@ -88,21 +90,13 @@ def cross_validation(design: str, rounds: int, scale: float) -> dict[str, Any]:
 
     models = {"torchreg": torchreg.linear.LassoCV(cv=5), "sklearn": sklearn.linear_model.LassoCV(cv=5)}
     times: dict[str, list[float]] = {name: [] for name in models}
-    for seed in range(rounds):
-        x, y = data(design, seed, scale)
-        for name, model in models.items():
-            times[name].append(seconds(lambda model=model: model.fit(x, y), 1)[0])  # noqa: B023
+    for seed in range(-1, rounds):  # the first round, of a smaller design, compiles
+        x, y = data(design, seed + 1, scale if seed >= 0 else 0.1 * scale)
+        for name in np.random.default_rng(seed + 1).permutation(list(models)):
+            taken, _ = seconds(lambda name=name: models[name].fit(x, y), 1)  # noqa: B023
+            if seed >= 0:
+                times[name].append(taken)
     return {name: {"seconds": statistics.median(times[name])} for name in models}
-
-
-def show(title: str, row: dict[str, Any]) -> None:
-    ours = row["torchreg"]["seconds"]
-    cells = [
-        f"{name} {entry['seconds']:.4f} s ({entry['seconds'] / ours:.2f} ×"
-        + (f", gap {entry['gap']:.0e})" if "gap" in entry else ")")
-        for name, entry in row.items()
-    ]
-    print(f"{title:24s} " + "   ".join(cells), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,11 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
         if design in VALIDATED and not options.skip_cv:
             rows[f"{design}, LassoCV"] = cross_validation(design, max(1, options.rounds // 2), options.scale)
             show(f"{design}, LassoCV", rows[f"{design}, LassoCV"])
+    bars = judged(rows)
+    print("\n".join(map(told, bars)))
     report = {
         "machine": machine(torch.device("cpu")),
         "peers_tolerance": TOLERANCE,
         "scale": options.scale,
         "rows": rows,
+        "bars": bars,
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -129,12 +129,13 @@ def _skglm() -> dict[str, Solver]:
     return {"fit": fit, "path": path}
 
 
-def _adelie() -> dict[str, Solver]:
+def _adelie(threads: int) -> dict[str, Solver]:
     import adelie
     from scipy import sparse
 
     def path(x: Any, y: Any, alphas: Any) -> Any:
-        matrix = adelie.matrix.sparse(x, n_threads=1) if sparse.issparse(x) else adelie.matrix.dense(x, n_threads=1)
+        kind = adelie.matrix.sparse if sparse.issparse(x) else adelie.matrix.dense
+        matrix = kind(x, n_threads=threads)
         state = adelie.grpnet(
             matrix,
             adelie.glm.gaussian(y),
@@ -142,7 +143,7 @@ def _adelie() -> dict[str, Solver]:
             intercept=False,
             early_exit=False,
             progress_bar=False,
-            n_threads=1,
+            n_threads=threads,
             tol=1e-10,
         )
         return np.asarray(state.betas.todense()).T
@@ -150,12 +151,12 @@ def _adelie() -> dict[str, Solver]:
     return {"fit": path, "path": path}
 
 
-def contenders() -> dict[str, dict[str, Solver]]:
-    """Those that are installed, by name."""
+def contenders(threads: int = 1) -> dict[str, dict[str, Solver]]:
+    """Those that are installed, by name; adelie wants to be told of threads."""
     found = {}
     for make in (_torchreg, _sklearn, _celer, _skglm, _adelie):
         try:
-            found[make.__name__.removeprefix("_")] = make()
+            found[make.__name__.removeprefix("_")] = make(threads) if make is _adelie else make()
         except ImportError as error:
             print(f"left out: {error}")
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchreg.linear.lasso.descent import descend
+from torchreg.linear.lasso.descent import descend, descend_together
 from torchreg.linear.lasso.problem import NOT_FINITE, Fit, Problem, Strength, duality_gaps
 from torchreg.linear.lasso.solution import ACCURATE, Solution, refined
 
@@ -46,6 +46,8 @@ class Normal:
 
     def path(self, strengths: list[Strength], limit: int, start: Tensor | None = None) -> tuple[Tensor, list[int]]:
         """Coefficients (m, features) for strengths in falling order, each from the one before, and their steps."""
+        if start is None:
+            return paths([self], strengths, limit)[0]
         found = descend(self.gram, self.moment, strengths, start=start, positive=self.positive, limit=limit)
         return torch.stack([f.w for f in found]), [f.steps for f in found]
 
@@ -56,6 +58,13 @@ class Normal:
         if any(s.l2 for s in strengths):
             active = active - w.new_tensor([s.l2 for s in strengths]).unsqueeze(1) * w
         return duality_gaps(fit, active, strengths, self.samples, self.positive)
+
+
+def paths(normals: list[Normal], strengths: list[Strength], limit: int) -> list[tuple[Tensor, list[int]]]:
+    """What `Normal.path` gives from zero, for each of some normal equations of as many features: on a GPU at once."""
+    grams, moments = [normal.gram for normal in normals], [normal.moment for normal in normals]
+    rows = descend_together(grams, moments, strengths, positive=normals[0].positive, limit=limit)
+    return [(torch.stack([f.w for f in found]), [f.steps for f in found]) for found in rows]
 
 
 def solve_on_gram(

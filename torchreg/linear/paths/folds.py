@@ -15,7 +15,7 @@ from torch import Tensor
 from torchreg.linear.data.columns import HARMLESS
 from torchreg.linear.data.design import inner, weighted_mean
 from torchreg.linear.data.inputs import Data
-from torchreg.linear.lasso.full_gram import Normal
+from torchreg.linear.lasso.full_gram import Normal, paths
 from torchreg.linear.lasso.problem import Problem, Strength
 from torchreg.linear.lasso.solver import is_narrow, solve
 from torchreg.linear.paths.path import warn_if_far
@@ -107,7 +107,8 @@ class Folds:
         else:
             if self._sums_of is None:
                 self._sums_of = self._moments()
-            rows = [self._by_moments(i, strengths, limit, tol) for i in range(len(self.splits))]
+            found = paths([normal for _, normal, _ in self._sums_of], strengths, limit)
+            rows = [self._by_moments(i, w, strengths, tol) for i, (w, _) in enumerate(found)]
         return torch.stack(rows).cpu().numpy()
 
     def gram(self) -> Tensor | None:
@@ -216,10 +217,10 @@ class Folds:
         is_range = torch.equal(index, torch.arange(first, first + len(index), device=index.device))
         return x[first : first + len(index)] if is_range else None
 
-    def _by_moments(self, fold: int, strengths: list[Strength], limit: int, tol: float) -> Tensor:
+    def _by_moments(self, fold: int, w: Tensor, strengths: list[Strength], tol: float) -> Tensor:
+        """From the path (strengths, features) of the training samples."""
         assert self._sums_of is not None
         training, normal, test = self._sums_of[fold]
-        w, _ = normal.path(strengths, limit)
         warn_if_far(max(normal.gaps(w, strengths)), normal.power, self._eps, tol)
         centre = (training.y - w @ training.x) / training.weight if self.centred else torch.zeros_like(w[:, 0])
         errors = test.errors(w, centre)
