@@ -150,6 +150,29 @@ def test_folds_are_those_of_a_grid_search(scoring: Any, weighted: bool, case: st
     close(model.coef_, search.best_estimator_.coef_, 1e-8)
 
 
+@pytest.mark.parametrize("cv", [None, 3])
+@pytest.mark.parametrize("targets", [1, 2])
+def test_the_strength_that_is_chosen_is_certified(targets: int, cv: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((40, 6)), rng.standard_normal((40, targets))
+    y = y if targets > 1 else y[:, 0]
+    weights = rng.uniform(0.5, 2, 40)
+    model = RidgeCV(cv=cv).fit(x, y, weights)
+    alone = Ridge(model.alpha_).fit(x, y, weights)
+    np.testing.assert_allclose(model.coef_, alone.coef_, rtol=1e-12)
+    assert np.shape(model.dual_gap_) == np.shape(alone.dual_gap_)
+    assert np.max(model.dual_gap_) < 1e-20 * np.square(y).sum()
+
+
+@pytest.mark.parametrize("estimator", [Ridge(), Ridge(positive=True), RidgeCV(), RidgeCV(cv=3)], ids=str)
+def test_a_sparse_matrix_may_have_large_indices(estimator: Any) -> None:
+    x = sparse.random(40, 6, 0.5, format="csr", random_state=0)
+    y = np.arange(40.0)
+    expected = estimator.fit(x, y).coef_
+    x.indices, x.indptr = x.indices.astype(np.int64), x.indptr.astype(np.int64)
+    assert np.array_equal(estimator.fit(x, y).coef_, expected)
+
+
 @pytest.mark.parametrize("scoring", [None, "r2"])
 @pytest.mark.parametrize("targets", [0, 2])
 def test_folds_of_a_sparse_tensor_are_those_of_a_dense_one(targets: int, scoring: Any) -> None:

@@ -124,7 +124,7 @@ def read(
             copy=False,
             multi_output=True,
             y_numeric=True,
-            accept_large_sparse=False,
+            accept_large_sparse=getattr(estimator, "_takes_large_indices", False),
             ensure_all_finite=finite or not isinstance(x, np.ndarray),
         )
         if sparse.issparse(y) or y.dtype != x.dtype:

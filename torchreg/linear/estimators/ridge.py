@@ -96,6 +96,10 @@ class Ridge(TensorPrediction, sklearn.linear_model.Ridge):
         self.device = device
         self.dtype = dtype
 
+    @property
+    def _takes_large_indices(self) -> bool:
+        return self.solver not in ("sag", "saga")
+
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
         """Fit the coefficients, and the intercept if there is one.
@@ -121,8 +125,7 @@ class Ridge(TensorPrediction, sklearn.linear_model.Ridge):
             coef, method = solve_ridge(problem, alphas / mass, method, self.max_iter, self.tol)
             gaps = ridge_gaps(problem, coef, alphas / mass)
         keep(self, data, problem, coef)
-        bounds = (gaps * mass).cpu().numpy()
-        self.dual_gap_ = bounds if len(bounds) > 1 else bounds[0]
+        self.dual_gap_ = bounds(gaps * mass)
         self.n_iter_ = None if self.solver in _METHODS else steps
         self.solver_ = _NAMES[method] if self.solver in ("auto", *_METHODS) else self.solver
         return self
@@ -171,6 +174,12 @@ class Ridge(TensorPrediction, sklearn.linear_model.Ridge):
             )
         taken = np.array([max(1, solution.steps) for solution in found], dtype=np.int32)
         return torch.stack([solution.full(design.features) for solution in found]), gaps, "newton", taken
+
+
+def bounds(gaps: Tensor) -> Any:
+    """What `dual_gap_` holds: a number, or one for each of several targets."""
+    found = gaps.cpu().numpy()
+    return found if len(found) > 1 else found[0]
 
 
 def mean_weight(sample_weight: Any) -> float:

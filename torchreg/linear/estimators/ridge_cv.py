@@ -23,9 +23,9 @@ from torch import Tensor
 
 from torchreg.linear.data.inputs import Data, read, to_split
 from torchreg.linear.estimators.elastic_net import PLACES, TensorPrediction
-from torchreg.linear.estimators.ridge import Ridge, keep, mean_weight
+from torchreg.linear.estimators.ridge import Ridge, bounds, keep, mean_weight
 from torchreg.linear.ridge.problem import RidgeProblem
-from torchreg.linear.ridge.solver import solve_ridge
+from torchreg.linear.ridge.solver import ridge_gaps, solve_ridge
 from torchreg.linear.ridge.spectrum import Spectrum, leave_one_out
 
 _GCV = {None: None, "auto": None, "svd": True, "eigen": False}
@@ -41,6 +41,8 @@ class RidgeCV(TensorPrediction, sklearn.linear_model.RidgeCV):
     Args:
         device: "auto" for where X is, or a torch device for NumPy arrays, such as "cuda".
         dtype: "auto" for that of X, or float32 or float64. Systems are solved in float64 either way.
+
+    `dual_gap_` certifies the last fit, as that of `Ridge` does.
 
     >>> from sklearn.datasets import load_diabetes
     >>> from torchreg.linear import RidgeCV
@@ -58,8 +60,10 @@ class RidgeCV(TensorPrediction, sklearn.linear_model.RidgeCV):
         "device": PLACES["device"],
         "dtype": PLACES["dtype"],
     }
+    _takes_large_indices = True
     alpha_: Any
     best_score_: Any
+    dual_gap_: Any
 
     def __init__(
         self,
@@ -120,7 +124,10 @@ class RidgeCV(TensorPrediction, sklearn.linear_model.RidgeCV):
             self.alpha_, self.best_score_ = strengths[best], scores[best]
             problem = RidgeProblem(data, self.fit_intercept)
         chosen = torch.as_tensor(self.alpha_, dtype=torch.float64, device=alphas.device) / mass
-        keep(self, data, problem, solve_ridge(problem, chosen.expand(len(problem.targets)))[0])
+        chosen = chosen.expand(len(problem.targets))
+        coef, _ = solve_ridge(problem, chosen)
+        keep(self, data, problem, coef)
+        self.dual_gap_ = bounds(ridge_gaps(problem, coef, chosen) * mass)
         return self
 
     def _strengths(self) -> list[float]:
@@ -224,7 +231,7 @@ class RidgeCV(TensorPrediction, sklearn.linear_model.RidgeCV):
         search = GridSearchCV(model, {"alpha": self._strengths()}, cv=self.cv, scoring=self._get_scorer())
         search.fit(X, y, **params)
         best = search.best_estimator_
-        self.alpha_, self.best_score_ = best.alpha, search.best_score_
+        self.alpha_, self.best_score_, self.dual_gap_ = best.alpha, search.best_score_, best.dual_gap_
         self.coef_, self.intercept_, self.n_features_in_ = best.coef_, best.intercept_, best.n_features_in_
         if hasattr(best, "feature_names_in_"):
             self.feature_names_in_ = best.feature_names_in_

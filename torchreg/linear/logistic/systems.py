@@ -84,8 +84,10 @@ class _Direct(System):
     def _rounding(self, curvature: Curvature) -> Tensor:
         """What rounding leaves of constant columns, for which the intercept does."""
         design, total = self.problem.design, curvature.total().diagonal().unsqueeze(1)
-        mean = torch.zeros(1) if design.mean is None else torch.as_tensor(design.mean)
-        return (total * (CONSTANT * design.eps * mean.to(total)).square()).expand(-1, design.features).flatten()
+        if design.mean is None:
+            return total.new_zeros(len(total) * design.features)
+        mean = torch.as_tensor(design.mean, device=total.device)
+        return (total * (CONSTANT * design.eps * mean).square()).flatten()
 
 
 class _Products(System):
