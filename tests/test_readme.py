@@ -136,7 +136,7 @@ def test_the_quality_page_and_the_readme_quote_the_result_files(monkeypatch):
 def test_the_figures_are_the_result_files(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     step = importlib.import_module("step")
-    results = json.loads((ROOT / "benchmarks/results/step-cpu.json").read_text(encoding="utf-8"))
+    results = json.loads((ROOT / "benchmarks/results/step-cpu-amd.json").read_text(encoding="utf-8"))
     assert step.readme_table(results) in TEXT
     assert "one CPU thread" in TEXT
     assert results["machine"]["threads"] == 1
