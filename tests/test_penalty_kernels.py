@@ -655,6 +655,24 @@ def test_every_backward_pass_makes_new_gradients(spy):
     assert first._version == 0
 
 
+def test_weights_in_the_model_s_place_may_need_no_gradient(spy):
+    model = nn.ModuleDict({name: nn.Linear(LARGE, LARGE, bias=False) for name in ("a", "b")})
+    given = {"a.weight": torch.randn(LARGE, LARGE), "b.weight": torch.randn(LARGE, LARGE, requires_grad=True)}
+
+    class Term(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.reg = model, Regularizer(model, L1(0.5))
+
+        def forward(self):
+            return self.reg()
+
+    loss = torch.func.functional_call(Term(), {f"model.{name}": w for name, w in given.items()})
+    loss.backward()
+    assert spy.taken() == (1, 1)
+    assert torch.equal(given["b.weight"].grad, 0.5 * given["b.weight"].detach().sign())
+
+
 def test_a_weight_used_in_both_terms_gets_both_gradients(spy):
     model = a_model()
     weight = model["single_"].weight

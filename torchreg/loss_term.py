@@ -48,7 +48,7 @@ def _accumulated(weights: Sequence[Tensor], edges: Sequence[tuple[Any, int]]) ->
     if torch.is_grad_enabled() or torch.is_anomaly_enabled():
         return [None] * len(weights)
     try:
-        wanted = [_will_engine_execute_node(node) for node, _ in edges]
+        wanted = [node is not None and _will_engine_execute_node(node) for node, _ in edges]
     except RuntimeError:  # gradients are returned
         return [None] * len(weights)
     return [

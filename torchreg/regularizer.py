@@ -153,12 +153,13 @@ class Regularizer(nn.Module):
             return (
                 kernels.PenaltySum(penalties, weights).value(weights) * scale
             )  # autograd records, and a compiler fuses
-        if self._sum is None or not self._sum.holds(penalties, weights):
+        known = self._sum
+        if known is None or not known.holds(penalties, weights):
             with torch.no_grad():
-                self._sum = kernels.PenaltySum(penalties, weights)
+                known = self._sum = kernels.PenaltySum(penalties, weights)
         if not torch.is_grad_enabled():
-            return self._sum.value(weights) * scale
-        return PenaltyTerm.apply(self._sum, scale, *weights)
+            return known.value(weights) * scale
+        return PenaltyTerm.apply(known, scale, *weights)
 
     def _joint_value(self) -> Tensor:
         """The penalty where some of them take all weights of a rule together."""
