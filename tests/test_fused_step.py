@@ -542,6 +542,16 @@ def test_only_parameters_with_a_gradient_are_counted():
     assert opt.step_counts() is None
 
 
+def test_changes_of_parameters_that_are_no_more_are_forgotten():
+    opt = ProxSGD([nn.Parameter(torch.randn(5))], lr=0.1, penalty=L1(0.5), fused=True)
+    for _ in range(500):
+        opt.param_groups[0]["params"] = [nn.Parameter(torch.randn(5))]
+        opt.param_groups[0]["params"][0].grad = torch.zeros(5)
+        opt.step()
+    (plan,) = opt._fused._plans.values()
+    assert len(plan.changes._sums) < 200
+
+
 # Autograd
 
 

@@ -91,6 +91,30 @@ def test_what_stays_open_is_solved_one_after_the_other(columns: Any, monkeypatch
             assert value(gram[i], moment[i], s.l1, 0.0, ours.w) <= best + 1e-12 * max(1.0, abs(best))
 
 
+@pytest.mark.parametrize("closeness", [1e-7, 1e-3])
+@pytest.mark.parametrize("positive", [False, True])
+def test_columns_that_are_all_but_alike_end_where_steps_do(
+    positive: bool, closeness: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        base = torch.randn(FOLDS, 12, 8, generator=generator, dtype=torch.float64)  # fewer samples than columns
+        x = torch.cat([base, base + closeness * torch.randn(base.shape, generator=generator).double()], 2)
+        y = torch.randn(FOLDS, 12, generator=generator, dtype=torch.float64)
+        gram, moment = x.mT @ x / 12, (x.mT @ y.unsqueeze(2) / 12).squeeze(2)
+        strengths = [Strength(float(s)) for s in np.geomspace(1, 1e-4, 8) * float(moment.abs().max())]
+        arguments = list(gram), list(moment), strengths
+        usual = descent.descend_together(*arguments, positive=positive, limit=1000)
+        with monkeypatch.context() as patch:
+            patch.setattr(descent, "_TOGETHER", ("cpu",))
+            found = descent.descend_together(*arguments, positive=positive, limit=1000)
+        for i, row in enumerate(found):
+            for s, ours, theirs in zip(strengths, row, usual[i], strict=True):
+                assert not positive or float(ours.w.min()) >= 0
+                best = value(gram[i], moment[i], s.l1, 0.0, theirs.w)
+                assert value(gram[i], moment[i], s.l1, 0.0, ours.w) <= best + 1e-9 * abs(best)
+
+
 @pytest.mark.parametrize("estimator", [LassoCV(cv=4, alphas=20), ElasticNetCV(cv=4, alphas=10, l1_ratio=[0.5, 1.0])])
 def test_folds_are_one_problem(estimator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+_SPARE = 64
+
 
 class Changes:
     """What pieces have counted on one device, added up for each parameter. Nothing waits for the device.
@@ -32,6 +34,11 @@ class Changes:
             owners: the position of its parameter for every piece, an array on the host.
             counts: the rows, on the device.
         """
+        if len(self._sums) > 2 * len(self._rows) + _SPARE:  # most parameters are no more
+            live = list(self._rows.items())
+            self._sums = self._sums[[row for _, row in live]]
+            for row, (p, _) in enumerate(live):
+                self._rows[p] = row
         total = len(self._sums)
         for p in params:
             total += self._rows.setdefault(p, total) == total

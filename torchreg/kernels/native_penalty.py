@@ -96,8 +96,9 @@ def _run(name: str, table: PenaltyTable, pieces: Any, signs: Tensor | None, **fi
     if not pieces.shape[1]:
         return
     view = _Table(*_rows(table.table), *_rows(table.strengths), *_rows(pieces)[:2], PIECE_SIZE, **fields)
+    first = _first(table.sizes)
     if signs is not None:
-        view.signs, view.first = signs.data_ptr(), _first(table.sizes).ctypes.data
+        view.signs, view.first = signs.data_ptr(), first.ctypes.data
     threads.run(_function(name, table.dtype, signs is not None), ctypes.byref(view), pieces)
 
 

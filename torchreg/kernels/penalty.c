@@ -67,7 +67,7 @@ static inline void stream(void *to, const void *from, int64_t bytes)
    sixteenth of what it would. What is left of a piece, fewer than NOTED elements, is looked at again. */
 
 typedef float Floats __attribute__((vector_size(WORDS * sizeof(float)), aligned(sizeof(float)), may_alias));
-typedef int32_t Bits __attribute__((vector_size(WORDS * sizeof(int32_t)), aligned(sizeof(int32_t)), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(WORDS * sizeof(uint32_t)), aligned(sizeof(uint32_t)), may_alias));
 
 static double piece_value_by_sign(const float *w, uint32_t *signs, int64_t n, double l1)
 {
@@ -82,8 +82,8 @@ static double piece_value_by_sign(const float *w, uint32_t *signs, int64_t n, do
                 lane[j] += __builtin_fabs((double)w[k + j]);
             for (int j = 0; j < LANES; j += WORDS) {
                 const Floats x = *(const Floats *)(w + k + j);
-                positive |= (x > 0) & bit;
-                negative |= (x < 0) & bit;
+                positive |= (Bits)(x > 0) & bit;
+                negative |= (Bits)(x < 0) & bit;
                 bit += bit;
             }
         }

@@ -75,8 +75,9 @@ def descend_together(
     for i, (taken, done) in enumerate(zip(steps.tolist(), exact.tolist(), strict=True)):
         row = [Minimum(w[i, j], *pair) for j, pair in enumerate(zip(taken, done, strict=True))]
         for j, s in enumerate(strengths):
-            if not row[j].exact:
-                (better,) = descend(grams[i], moments[i], [s], start=row[j].w, positive=positive, limit=limit)
+            if not row[j].exact:  # from the last one: where systems ended may be far off, or negative
+                start = row[j - 1].w if j else None
+                (better,) = descend(grams[i], moments[i], [s], start=start, positive=positive, limit=limit)
                 row[j] = Minimum(better.w, row[j].steps + better.steps, better.exact)
         found.append(row)
     return found
