@@ -45,7 +45,7 @@ def coefficient_path(
 
     >>> from matplotlib.figure import Figure
     >>> from torchreg import plots
-    >>> axes = plots.coefficient_path([1.0, 0.1], [[0.0, 0.5], [0.0, 0.9]], Figure().subplots(), ["age", "bmi"])
+    >>> axes = plots.coefficient_path([1.0, 0.1], [[0.0, 0.5], [0.0, 0.2]], Figure().subplots(), ["age", "bmi"])
     >>> [text.get_text() for text in axes.texts]
     ['bmi', 'age']
 
