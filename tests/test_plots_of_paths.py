@@ -63,9 +63,13 @@ def test_what_is_never_in_the_model_has_no_name(axes):
     assert "b" not in {text.get_text() for text in axes.texts}
 
 
-def test_names_do_not_overlap(axes):
-    plots.coefficient_path([1.0, 0.1], np.outer(np.linspace(1, 1.001, 10), [0.0, 1.0]), axes)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("apart", [0.0, 1.0], ids=["alone", "with another"])
+def test_names_do_not_overlap_nor_leave_the_axes(apart, sign, axes):
+    ends = np.append(np.linspace(1, 1.001, 9), 1 + 10 * apart)
+    plots.coefficient_path([1.0, 0.1], np.outer(sign * ends, [0.0, 1.0]), axes)
     axes.figure.canvas.draw()
+    assert all(0 <= text.xyann[1] <= 1 for text in axes.texts)
     heights = np.sort([text.xyann[1] for text in axes.texts]) * axes.bbox.height
     assert np.diff(heights).min() > axes.texts[0].get_fontsize() * axes.figure.dpi / 72
 

@@ -156,7 +156,7 @@ def _log_axis(axes: Axes, strengths: Any) -> None:
 
 
 def _label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
-    """Names at the right end of their lines, moved apart where they would overlap."""
+    """Names at the right end of their lines, moved apart where they would overlap, beside the axes."""
     ends = sorted((end for end in ends if np.isfinite(end[1])), key=lambda end: end[1])
     if not ends:
         return
@@ -165,7 +165,9 @@ def _label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
     height = axes.bbox.height * 72 / figure.dpi  # in points, like the size of letters
     gap = min(1.25 * LABEL_SIZE / height, 1 / len(ends))
     wanted = [(value - low) / (high - low) for _, value, _ in ends]
-    for (name, _, color), start, place in zip(ends, wanted, _apart(wanted, gap), strict=True):
+    last = len(ends) - 1
+    inside = [min(max(place, i * gap), 1 - (last - i) * gap) for i, place in enumerate(_apart(wanted, gap))]
+    for (name, _, color), start, place in zip(ends, wanted, inside, strict=True):
         axes.annotate(
             name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…",
             (1, start),
