@@ -87,6 +87,19 @@ def test_no_step_waits_for_the_device(case, hyper, form, dtype, scale):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def captured(opt):
+    """The graph of a step, after one that was taken."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        opt.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    return graph
+
+
 @optimizers
 @forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -99,15 +112,8 @@ def test_a_cuda_graph_replays_the_step_with_new_numbers(case, form, dtype):
 
     params, lr, scale, opt = start()
     others, other_lr, other_scale, other = start()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        opt.step()
-    torch.cuda.current_stream().wait_stream(side)
+    graph = captured(opt)
     other.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        opt.step()
     for i in range(3):
         for rate, s in ((lr, scale), (other_lr, other_scale)):
             rate.fill_(0.1 / (i + 1))
@@ -130,15 +136,8 @@ def test_a_graph_is_right_after_other_steps_have_been_taken(case):
 
     params, strength, opt = start()
     others, other_strength, other = start()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        opt.step()
-    torch.cuda.current_stream().wait_stream(side)
+    graph = captured(opt)
     other.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        opt.step()
     fixed = [p.grad for p in params]
     for i in range(4):
         for s in (strength, other_strength):
