@@ -43,8 +43,8 @@ class PenaltySum:
     def __init__(self, penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> None:
         self._penalties = tuple(penalties)
         self._distinct = _distinct(penalties)
-        self._numbers = list(map(_numbers, self._distinct))
-        numbers = _all_numbers(penalties)
+        self._numbers = _by_id(self._distinct)
+        numbers = [self._numbers[id(penalty)] for penalty in penalties]
         self._fused, self._alone = _arranged(numbers, weights)
         self._tables = [
             PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
@@ -58,7 +58,7 @@ class PenaltySum:
             not self._alone
             and len(penalties) == len(self._penalties)
             and all(map(operator.is_, penalties, self._penalties))
-            and list(map(_numbers, self._distinct)) == self._numbers
+            and _by_id(self._distinct) == self._numbers
             and _are_contiguous(weights)
             and all(_has_kernel(*kind) for kind in self._fused)
             and not _is_traced()
@@ -143,8 +143,8 @@ def added_gradients(
     penalties: Sequence[Penalty], weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float | Tensor
 ) -> list[Tensor]:
     """``grad + factor·∇R(w)`` for every weight, as new tensors; half-precision ones are added in float32."""
-
-    numbers = _all_numbers(penalties)
+    known = _by_id(_distinct(penalties))
+    numbers = [known[id(penalty)] for penalty in penalties]
     fused, alone = _arranged(numbers, weights, grads, factor)
     results = {i: _gradient(penalties[i], weights[i], factor).add_(grads[i]).to(grads[i].dtype) for i in alone}
     for chosen in fused.values():
@@ -281,14 +281,13 @@ def _is_like(grad: Tensor, w: Tensor) -> bool:
     )
 
 
-def _all_numbers(penalties: Sequence[Penalty]) -> list[Numbers | None]:
-    """The strengths of every penalty; a penalty that many weights share is looked at once."""
-    known = {id(penalty): _numbers(penalty) for penalty in _distinct(penalties)}
-    return [known[id(penalty)] for penalty in penalties]
-
-
 def _distinct(penalties: Sequence[Penalty]) -> list[Penalty]:
+    """Each penalty once: one that many weights share is looked at once."""
     return list({id(penalty): penalty for penalty in penalties}.values())
+
+
+def _by_id(distinct: Sequence[Penalty]) -> dict[int, Numbers | None]:
+    return {id(penalty): _numbers(penalty) for penalty in distinct}
 
 
 def _numbers(penalty: Penalty) -> Numbers | None:

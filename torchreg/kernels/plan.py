@@ -51,6 +51,7 @@ class Plan:
         traced: hyperparameters that are tensors on a device, as (row, column, tensor): the host does not read them.
         late: columns of the table some of whose entries are tensors on a device, by name.
         uploads: a device's copies of these arrays, by name, each with what it was copied from.
+        is_captured: whether the step is captured in a graph.
         captured: memory that captured graphs read and write at every replay.
         view: what a compiled kernel is given of these arrays, which stay in their places until they are laid out anew.
     """
@@ -72,6 +73,7 @@ class Plan:
         self.traced: list[tuple[int, int, Tensor]] = []
         self.late: dict[str, list[int | Tensor]] = {}
         self.uploads: dict[str, tuple[Any, Tensor]] = {}
+        self.is_captured = False
         self.captured: list[Tensor] = []
         self.view: Any = None
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
@@ -90,7 +92,7 @@ class Plan:
             same: whether the parameters and their memory are those of the last update, which then must have succeeded.
         """
         self._copies, self.traced, self.late = [], [], {}
-        captured = graphs.is_captured()
+        self.is_captured = graphs.is_captured()
         if not same:
             self._lay_out(parts)
         for name in self._filled:
@@ -103,9 +105,9 @@ class Plan:
             table = self.table[:, here]
             if not (quick and self._quick_addresses(table, tensors)):
                 self._addresses(table, tensors)
-            if self._told[row] is not step or captured:
+            if self._told[row] is not step or self.is_captured:
                 self._hyperparameters(row, step)
-                self._strength_addresses(table, tensors.params, step, captured)
+                self._strength_addresses(table, tensors.params, step)
             for name, values in {"seed": tensors.seeds, **step.columns(tensors)}.items():
                 if values:
                     columns.setdefault(name, [0] * len(self.params))[here] = values
@@ -235,7 +237,7 @@ class Plan:
         self.traced.append((row, column, value.detach().reshape(())))
         return math.nan
 
-    def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep | AdamStep, captured: bool) -> None:
+    def _strength_addresses(self, table: Any, params: list[Tensor], step: SGDStep | AdamStep) -> None:
         """Strengths of each coordinate, laid out like the weight; kept while they and the weight stay the same.
 
         A graph that is captured lays them out at every replay.
@@ -254,7 +256,7 @@ class Plan:
                 if is_new:
                     like = p.detach() if is_dense(p) else p.detach().contiguous()
                     laid_out = torch.empty_like(arithmetic(like))
-                if is_new or version is None or version != seen or captured:
+                if is_new or version is None or version != seen or self.is_captured:
                     laid_out.copy_(strength.expand(p.shape))
                     self._strengths[key] = strength, version, layout, laid_out
                 table[COLUMNS.index(name), i] = laid_out.data_ptr()

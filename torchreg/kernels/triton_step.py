@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreg.kernels import graphs
 from torchreg.kernels.pieces import widths
 from torchreg.kernels.plan import ADDRESSES, COLUMNS, Plan
 
@@ -56,7 +55,7 @@ def run(name: str, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tens
         "prox_sgd": (triton_prox_sgd.prox_sgd, triton_group_sgd.prox_sgd_groups),
         "prox_adam": (triton_prox_adam.prox_adam, triton_group_adam.prox_adam_groups),
     }[name]
-    if graphs.is_captured():
+    if plan.is_captured:
         plan.captured += plan.memory()
     table, pieces, hypers = (_uploaded(plan, name) for name in ("table", "pieces", "hypers"))
     for entry, values in plan.late.items():
@@ -116,17 +115,16 @@ def _uploaded(plan: Plan, name: str) -> Tensor:
     it on theirs.
     """
     array: Any = getattr(plan, name)
-    known, tensor = plan.uploads.get(name, (None, None))
-    captured = graphs.is_captured()
-    if (
-        captured or known is None or tensor is None or not np.array_equal(known, array, equal_nan=True)
-    ):  # NaN: in a tensor
-        host = torch.from_numpy(array.copy())  # what is late or traced is written to it on the CPU
-        if plan.device.type == "cuda":
-            host = host.pin_memory()  # kept while it is read: pinned memory is recycled after the copy, not before
-        tensor = host.to(plan.device, non_blocking=True)
-        if captured:
-            plan.captured.append(host)
-        else:
-            plan.uploads[name] = array.copy(), tensor
+    if name in plan.uploads and not plan.is_captured:
+        known, tensor = plan.uploads[name]
+        if np.array_equal(known, array, equal_nan=True):  # NaN: in a tensor
+            return tensor
+    host = torch.from_numpy(array.copy())  # what is late or traced is written to it on the CPU
+    if plan.device.type == "cuda":
+        host = host.pin_memory()  # kept while it is read: pinned memory is recycled after the copy, not before
+    tensor = host.to(plan.device, non_blocking=True)
+    if plan.is_captured:
+        plan.captured.append(host)
+    else:
+        plan.uploads[name] = array.copy(), tensor
     return tensor

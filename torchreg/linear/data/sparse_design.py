@@ -15,7 +15,6 @@ from torchreg.linear.data.design import Design
 
 CONSTANT = 64.0  # roundings of a column's square: what is left of a constant column when its mean is taken off
 
-
 _BLOCK = 1 << 20  # non-zeros that are squared at a time
 
 

@@ -96,9 +96,9 @@ def _without_gram(
 
 
 def _finished(problem: Problem, strength: Strength, found: Solution, limit: int) -> Solution:
-    """What coordinate descent has found, or what Newton steps make of it where sweeps were not enough.
+    """What coordinate descent has found, or what Newton steps make of it where its sweeps were not enough.
 
-    They are not for columns that are all but alike.
+    For columns that are all but alike it takes tens of thousands.
     """
     w = found.full(problem.design.features)
     few = torch.count_nonzero(w) <= min(_FINISHED, problem.design.samples)
