@@ -459,12 +459,8 @@ def test_the_hook_on_a_large_model_is_one_pass_per_dtype(maximize, monkeypatch, 
 def test_gradients_laid_out_otherwise_are_added_all_the_same(monkeypatch, spy):
     w = torch.randn(8, LARGE, 3, LARGE).to(memory_format=torch.channels_last)
     grads = [torch.randn(w.shape).to(memory_format=torch.channels_last), torch.randn(w.shape)]
-    ours, theirs = both(
-        monkeypatch,
-        lambda: penalties.added_gradients(
-            [L1(0.1)] * 2, [w, w.contiguous(memory_format=torch.channels_last)], grads, 0.5
-        ),
-    )
+    weights = [w, w.contiguous(memory_format=torch.channels_last)]
+    ours, theirs = both(monkeypatch, lambda: penalties.PenaltySum([L1(0.1)] * 2, weights).added(weights, grads, 0.5))
     assert spy.taken() == (0, 1)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)

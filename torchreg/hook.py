@@ -49,6 +49,7 @@ class PenaltyHandle:
         self.regularizer = regularizer
         self._optimizer = weakref.ref(optimizer)
         self._data_grads: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._sums: dict[int, kernels.PenaltySum] = {}  # of the last step, by param group
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -167,7 +168,7 @@ class PenaltyHandle:
         grad_scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when the step itself unscales
         scale = host_scalar(self.regularizer.strength_scale)
         together: list[tuple[Tensor, float | Tensor]] = []
-        for group in optimizer.param_groups:
+        for number, group in enumerate(optimizer.param_groups):
             chosen = [p for p in group["params"] if p.grad is not None and id(p) in penalties]
             if not chosen:
                 continue
@@ -181,11 +182,21 @@ class PenaltyHandle:
                 factor = grad_scale * (factor.to(grad_scale.device) if isinstance(factor, Tensor) else factor)
             others = {id(p) for p in chosen if penalties[id(p)][1].is_joint or sharding.is_sharded(p)}
             alone = [p for p in chosen if id(p) not in others]
-            sums = kernels.added_gradients([penalties[id(p)][1] for p in alone], alone, [p.grad for p in alone], factor)
             together += [(p, factor) for p in chosen if id(p) in others]
+            known = self._sum_of(number, [penalties[id(p)][1] for p in alone], alone)
+            sums = known.added(alone, [p.grad for p in alone], factor)
             self._replace(list(zip(alone, sums, strict=True)))
         if together:
             self._replace(self._added_together(together))
+
+    def _sum_of(self, number: int, penalties: list[Penalty], weights: list[Tensor]) -> kernels.PenaltySum:
+        """The penalties of a param group: the last step's, where they are still that."""
+        if torch.compiler.is_compiling():
+            return kernels.PenaltySum(penalties, weights)
+        known = self._sums.get(number)
+        if known is None or not known.holds(penalties, weights):
+            known = self._sums[number] = kernels.PenaltySum(penalties, weights)
+        return known
 
     def _replace(self, sums: list[tuple[Tensor, Tensor]]) -> None:
         for p, total in sums:

@@ -134,29 +134,28 @@ class Regularizer(nn.Module):
         entries = list(self.penalized())
         if not entries:
             return self.strength_scale.new_zeros(())
-        weights = [p for _, p, _ in entries]
-        penalties = [penalty for _, _, penalty in entries]
-        distinct = {id(penalty): penalty for penalty in penalties}.values()
-        if torch.is_grad_enabled() and not all(penalty.has_gradient for penalty in distinct):
-            check_gradients((name, penalty) for name, _, penalty in entries)
+        names, weights, penalties = zip(*entries, strict=True)
         unsettled.settle(weights)
-        if sharding.any_sharded(weights):
-            return self._sharded_value()
-        if any(map(sharding.is_flat, weights)):
-            raise ValueError(_FLAT)
-        if any(penalty.is_joint for penalty in distinct):
-            return self._joint_value()
-        scale = host_scalar(self.strength_scale)
-        strengths = [s for penalty in distinct for s in penalty.strengths().values()]
-        learned = any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
-        if learned or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return (
-                kernels.PenaltySum(penalties, weights).value(weights) * scale
-            )  # autograd records, and a compiler fuses
-        known = self._sum
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        known = None if traced else self._sum
         if known is None or not known.holds(penalties, weights):
+            distinct = {id(penalty): penalty for penalty in penalties}.values()
+            if torch.is_grad_enabled() and not all(penalty.has_gradient for penalty in distinct):
+                check_gradients(zip(names, penalties, strict=True))
+            if sharding.any_sharded(weights):
+                return self._sharded_value()
+            if any(map(sharding.is_flat, weights)):
+                raise ValueError(_FLAT)
+            if any(penalty.is_joint for penalty in distinct):
+                return self._joint_value()
+            strengths = [s for penalty in distinct for s in penalty.strengths().values()]
+            learned = any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
+            if learned or traced:
+                total = kernels.PenaltySum(penalties, weights).value(weights)  # autograd records, and a compiler fuses
+                return total * host_scalar(self.strength_scale)
             with torch.no_grad():
                 known = self._sum = kernels.PenaltySum(penalties, weights)
+        scale = host_scalar(self.strength_scale)
         if not torch.is_grad_enabled():
             return known.value(weights) * scale
         return PenaltyTerm.apply(known, scale, *weights)

@@ -14,7 +14,7 @@ from torchreg.kernels import selection
 from torchreg.kernels import tiled as _tiled
 from torchreg.kernels.adam import prox_adam
 from torchreg.kernels.fused import FusedSteps
-from torchreg.kernels.penalties import PenaltySum, added_gradients
+from torchreg.kernels.penalties import PenaltySum
 from torchreg.kernels.plan import COUNTS, Part
 from torchreg.kernels.problem import AdamStep, AdamTensors, SGDStep, SGDTensors, Update
 from torchreg.kernels.proximal import shrink, shrink_sharded
@@ -31,7 +31,6 @@ __all__ = [
     "SGDStep",
     "SGDTensors",
     "Update",
-    "added_gradients",
     "proximal_step",
     "selection",
     "shrink",

@@ -17,7 +17,7 @@ _MADV_HUGEPAGE = 14
 
 def advised(t: Tensor) -> Tensor:
     """The tensor itself, which nothing was written to yet: Linux is advised to give it huge pages."""
-    if type(t) is not Tensor or t.device.type != "cpu" or sys.platform != "linux":
+    if type(t) is not Tensor or t.nbytes < _HUGE or t.device.type != "cpu" or sys.platform != "linux":
         return t
     start = -(-t.data_ptr() // _HUGE) * _HUGE
     end = (t.data_ptr() + t.nbytes) // _HUGE * _HUGE

@@ -55,13 +55,13 @@ class PenaltySum:
     def holds(self, penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> bool:
         """Whether it is what a new one of these would be. (False where kernels don't take all weights.)"""
         return (
-            not self._alone
+            not _is_traced()
+            and not self._alone
             and len(penalties) == len(self._penalties)
             and all(map(operator.is_, penalties, self._penalties))
             and _by_id(self._distinct) == self._numbers
             and _are_contiguous(weights)
             and all(_has_kernel(*kind) for kind in self._fused)
-            and not _is_traced()
             and self._is_of(weights)
         )
 
@@ -112,7 +112,7 @@ class PenaltySum:
             results[i] = _gradient(self._penalties[i], weights[i], factor).to(weights[i].dtype)
         for chosen, (table, noted) in zip(self._fused.values(), self._noted_in(signs), strict=True):
             here = [weights[i] for i in chosen]
-            sums = _those_like([into[i] for i in chosen], here)
+            sums = _those_like([into[i] for i in chosen], here, table)
             outs = [t if t is not None else pages.advised(torch.empty_like(w)) for t, w in zip(sums, here, strict=True)]
             _write(table.writing(sums, outs), factor, noted)
             for i, t, out in zip(chosen, sums, outs, strict=True):
@@ -120,6 +120,25 @@ class PenaltySum:
                     results[i] = out
             torch.autograd.graph.increment_version([t for t in sums if t is not None])
         return results
+
+    def added(self, weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
+        """``grad + factor·∇R(w)`` for every weight, as new tensors; half-precision ones are added in float32.
+
+        Nothing is recorded by autograd.
+        """
+        if not self._still_holds(weights, factor):
+            return PenaltySum(self._penalties, weights).added(weights, grads, factor)
+        results: dict[int, Tensor] = {}
+        apart = list(self._alone)
+        for chosen, table in zip(self._fused.values(), self._tables, strict=True):
+            theirs = _those_like([grads[i] for i in chosen], [weights[i] for i in chosen], table)
+            outs = [pages.advised(torch.empty_like(weights[i])) for i in chosen]
+            _write(table.writing(theirs, outs), factor)
+            results.update(zip(chosen, outs, strict=True))
+            apart += [i for i, t in zip(chosen, theirs, strict=True) if t is None]
+        for i in apart:
+            results[i] = _gradient(self._penalties[i], weights[i], factor).add_(grads[i]).to(grads[i].dtype)
+        return [results[i] for i in range(len(weights))]
 
     def _noted_in(self, signs: Signs | None) -> list[tuple[PenaltyTable, Tensor | None]]:
         return list(zip(self._tables, signs or [None] * len(self._tables), strict=True))
@@ -137,22 +156,6 @@ class PenaltySum:
             table.is_of([weights[i] for i in chosen])
             for chosen, table in zip(self._fused.values(), self._tables, strict=True)
         )
-
-
-def added_gradients(
-    penalties: Sequence[Penalty], weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float | Tensor
-) -> list[Tensor]:
-    """``grad + factor·∇R(w)`` for every weight, as new tensors; half-precision ones are added in float32."""
-    known = _by_id(_distinct(penalties))
-    numbers = [known[id(penalty)] for penalty in penalties]
-    fused, alone = _arranged(numbers, weights, grads, factor)
-    results = {i: _gradient(penalties[i], weights[i], factor).add_(grads[i]).to(grads[i].dtype) for i in alone}
-    for chosen in fused.values():
-        table = PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
-        outs = [pages.advised(torch.empty_like(weights[i])) for i in chosen]
-        _write(table.writing([grads[i] for i in chosen], outs), factor)
-        results.update(zip(chosen, outs, strict=True))
-    return [results[i] for i in range(len(weights))]
 
 
 def shrinkage(penalty: Penalty | None, step: float | Tensor) -> tuple[float, float] | None:
@@ -177,20 +180,13 @@ def _write(table: PenaltyTable, factor: float | Tensor, signs: Tensor | None = N
         triton_penalty.gradient(table, factor)
 
 
-def _arranged(
-    numbers: Sequence[Numbers | None],
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor] = (),
-    factor: float | Tensor = 1.0,
-) -> tuple[Fused, list[int]]:
+def _arranged(numbers: Sequence[Numbers | None], weights: Sequence[Tensor]) -> tuple[Fused, list[int]]:
     """Which weights one pass takes, per device and dtype, and which it does not take."""
-    if _is_traced():
-        return {}, list(range(len(weights)))
-    if torch.is_grad_enabled() and _recorded([*weights, *grads, factor]):
+    if _is_traced() or (torch.is_grad_enabled() and _recorded(weights)):
         return {}, list(range(len(weights)))
     kinds: Fused = {}
     alone = []
-    usable = [t is not None for t in _those_like(grads, weights)] if grads else _are_plain(weights)
+    usable = _are_plain(weights)
     for i, w in enumerate(weights):
         if usable[i] and numbers[i] is not None:
             kinds.setdefault((w.device, w.dtype), []).append(i)
@@ -225,19 +221,18 @@ def _recorded(values: Sequence[object]) -> bool:
 
 def _are_plain(tensors: Sequence[Tensor]) -> list[bool]:
     """Which a kernel could read: plain dense tensors that have their memory (sharded training gives it back)."""
-    if _are_contiguous(tensors):
+    if _are_contiguous(tensors) and all(map(Tensor.data_ptr, tensors)):
         return [True] * len(tensors)
     return list(map(_is_plain, tensors))
 
 
 def _are_contiguous(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are plain, and contiguous: asked of all together, that takes half the time."""
+    """Whether all are plain tensors, and contiguous: asked of all together, that takes half the time."""
     return (
         _PLAIN.issuperset(map(type, tensors))
-        and all(t.layout is torch.strided for t in tensors)
+        and {t.layout for t in tensors} == {torch.strided}
         and all(map(Tensor.is_contiguous, tensors))
         and not any(map(Tensor.is_neg, tensors))
-        and all(map(Tensor.data_ptr, tensors))
     )
 
 
@@ -252,23 +247,19 @@ def _is_plain(w: Tensor) -> bool:
     )
 
 
-def _those_like(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients that lie in memory as their weights do, where a kernel can read both; else None."""
+def _those_like(grads: Sequence[Tensor | None], weights: Sequence[Tensor], table: PenaltyTable) -> list[Tensor | None]:
+    """The gradients that lie in memory as the weights of the table do, where a kernel can read both; else None."""
     given = [g for g in grads if g is not None]
     if (
         len(given) == len(weights)
         and _are_contiguous(given)
-        and _are_contiguous(weights)
-        and _are_alike(given, weights)
+        and table.fits(given)
+        and all(map(Tensor.data_ptr, given))
+        and all(map(Tensor.is_contiguous, weights))
     ):
         return list(given)
     pairs = zip(grads, weights, strict=True)
     return [g if g is not None and _is_plain(w) and _is_like(g, w) else None for g, w in pairs]
-
-
-def _are_alike(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    pairs = zip(grads, weights, strict=True)
-    return all(g.shape == w.shape and g.dtype is w.dtype and g.device == w.device for g, w in pairs)
 
 
 def _is_like(grad: Tensor, w: Tensor) -> bool:

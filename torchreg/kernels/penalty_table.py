@@ -25,6 +25,7 @@ class PenaltyTable:
     Attributes:
         table: int64, a row for each of `ROWS`, a column per tensor.
         strengths: float64, a row for each of `STRENGTHS`, a column per tensor.
+        addresses: where every weight lies.
         sizes: the elements of every tensor.
     """
 
@@ -32,24 +33,32 @@ class PenaltyTable:
     dtype: torch.dtype
     table: Any
     strengths: Any
+    addresses: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], strengths: Sequence[tuple[float, float]]) -> PenaltyTable:
         """The table of these tensors, which must outlive it."""
-        sizes = tuple(map(Tensor.numel, weights))
+        addresses, sizes = tuple(map(Tensor.data_ptr, weights)), tuple(map(Tensor.numel, weights))
         table = np.zeros((len(ROWS), len(weights)), dtype=np.int64)
-        table[ROWS.index("w")] = list(map(Tensor.data_ptr, weights))
-        table[ROWS.index("size")] = sizes
+        table[ROWS.index("w")], table[ROWS.index("size")] = addresses, sizes
         numbers = np.array(strengths, dtype=np.float64).reshape(-1, len(STRENGTHS)).T.copy()
-        return cls(weights[0].device, weights[0].dtype, table, numbers, sizes)
+        return cls(weights[0].device, weights[0].dtype, table, numbers, addresses, sizes)
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
         """Whether it tells where these weights are, how large and of which type."""
         return (
-            self.table[ROWS.index("w")].tolist() == list(map(Tensor.data_ptr, weights))
+            self.addresses == tuple(map(Tensor.data_ptr, weights))
             and self.sizes == tuple(map(Tensor.numel, weights))
-            and all(w.dtype is self.dtype for w in weights)
+            and {w.dtype for w in weights} == {self.dtype}
+        )
+
+    def fits(self, others: Sequence[Tensor]) -> bool:
+        """Whether other tensors are as large as the weights, of their type and on their device."""
+        return (
+            self.sizes == tuple(map(Tensor.numel, others))
+            and {t.dtype for t in others} == {self.dtype}
+            and {t.device for t in others} == {self.device}
         )
 
     def writing(self, grads: Sequence[Tensor | None], outs: Sequence[Tensor]) -> PenaltyTable:
