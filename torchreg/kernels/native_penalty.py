@@ -19,7 +19,9 @@ PIECE_SIZE = 1 << 18
 DTYPES = (torch.float32, torch.float64)
 
 _NOTED, _WORDS = 512, 32  # weights whose signs are noted together, and the words of 32 bits that it takes
+_BY_SIGN = 1 << 21  # bytes of weights: above, reading them again takes longer than noting signs
 _STREAMED = 1 << 23  # bytes of results: above, little of them would be found in the cache again
+_NEVER, _NEAR, _FAR = range(3)  # which cache is asked for what comes later
 _SOURCE = Path(__file__).with_name("penalty.c")
 
 
@@ -47,11 +49,11 @@ def unavailable() -> str | None:
 def room(table: PenaltyTable) -> Tensor | None:
     """Memory for the signs of all weights, two bits each, where a gradient needs no more and reading them again costs.
 
-    That is with L1 alone in float32, and with more weights than a cache has room for.
+    That is with L1 alone in float32, and with more weights than the caches of one core have room for.
     """
     l1, l2 = table.strengths
     lasso = l1.all() and not l2.any()
-    if table.device.type != "cpu" or table.dtype != torch.float32 or not lasso or not _is_long(table):
+    if table.device.type != "cpu" or table.dtype != torch.float32 or not lasso or _bytes(table) <= _BY_SIGN:
         return None
     return torch.empty(_first(table.sizes)[-1], dtype=torch.int32)
 
@@ -63,7 +65,7 @@ def value(table: PenaltyTable, signs: Tensor | None = None) -> float:
     """
     pieces = cut(table.sizes, PIECE_SIZE)
     partials = np.zeros(pieces.shape[1])
-    _run("value", table, pieces, signs, partials=partials.ctypes.data, fetches=_fetches())
+    _run("value", table, pieces, signs, partials=partials.ctypes.data, fetches=_fetches()[0])
     return float(partials.sum())
 
 
@@ -72,12 +74,12 @@ def gradient(table: PenaltyTable, factor: float, signs: Tensor | None = None) ->
 
     With the ``signs`` that were noted, the weights themselves are hardly read.
     """
-    pieces, streams = cut(table.sizes, PIECE_SIZE), _is_long(table)
-    _run("gradient", table, pieces, signs, factor=factor, streams=streams, fetches=_fetches())
+    pieces, streams = cut(table.sizes, PIECE_SIZE), _bytes(table) > _STREAMED
+    _run("gradient", table, pieces, signs, factor=factor, streams=streams, fetches=_fetches()[1])
 
 
-def _is_long(table: PenaltyTable) -> bool:
-    return sum(table.sizes) * table.dtype.itemsize > _STREAMED
+def _bytes(table: PenaltyTable) -> int:
+    return sum(table.sizes) * table.dtype.itemsize
 
 
 @functools.lru_cache(maxsize=32)
@@ -87,9 +89,13 @@ def _first(sizes: tuple[int, ...]) -> Any:
 
 
 @functools.cache
-def _fetches() -> bool:
-    """Whether gradients are sooner there if asked for ahead: an AMD processor of 2024 takes a quarter longer then."""
-    return not toolchain.is_amd()
+def _fetches() -> tuple[int, int]:
+    """Which cache is asked ahead for the value's weights and the gradient's: as it was measured by processor.
+
+    On one of AMD's of 2024 the second level takes the value a tenth longer than the first, and the gradient a quarter
+    longer than not to ask.
+    """
+    return (_NEAR, _NEVER) if toolchain.is_amd() else (_FAR, _FAR)
 
 
 def _run(name: str, table: PenaltyTable, pieces: Any, signs: Tensor | None, **fields: float) -> None:

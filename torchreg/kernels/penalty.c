@@ -14,11 +14,14 @@
 enum {
     BLOCK = 256, /* elements */
     LANES = 32,
-    LINE = 64,     /* bytes */
-    AHEAD = 16384, /* bytes */
+    LINE = 64, /* bytes */
     WORDS = 16,
     NOTED = 32 * WORDS /* elements: pieces begin at a multiple of it */
 };
+
+/* Where memory is asked to be ahead of its use, in the first-level cache or in the second: the processor's own
+   prefetching ends at the page. */
+enum Fetch { NEVER, NEAR, FAR };
 
 /* What becomes of a gradient: written alone, written with another added, or added into what is there. */
 enum Sum { ALONE, BESIDE, INTO };
@@ -33,14 +36,18 @@ typedef struct {
     uint32_t *signs;      /* for NOTED elements: WORDS with the bits of w > 0, and WORDS with those of w < 0 */
     const int64_t *first; /* per tensor: where its signs begin */
     int64_t streams;      /* whether the results are too large to be found in the cache again */
-    int64_t fetches;      /* whether memory is asked for ahead: not where the processor does so better by itself */
+    int64_t fetches;      /* one of Fetch */
 } Table;
 
-/* Ask the second-level cache for what comes later: the processor's own prefetching ends at the page. */
-static inline void fetch(const void *address, int64_t bytes)
+static inline void fetch(const void *address, int64_t bytes, int how)
 {
+    if (how == NEVER)
+        return;
     for (int64_t i = 0; i < bytes; i += LINE)
-        __builtin_prefetch((const char *)address + AHEAD + i, 0, 2);
+        if (how == NEAR)
+            __builtin_prefetch((const char *)address + 8192 + i, 0, 3);
+        else
+            __builtin_prefetch((const char *)address + 16384 + i, 0, 2);
 }
 
 /* Write around the cache, which spares reading what is overwritten. */
@@ -69,7 +76,8 @@ static inline void stream(void *to, const void *from, int64_t bytes)
 typedef float Floats __attribute__((vector_size(WORDS * sizeof(float)), aligned(sizeof(float)), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(WORDS * sizeof(uint32_t)), aligned(sizeof(uint32_t)), may_alias));
 
-static double piece_value_by_sign(const float *w, uint32_t *signs, int64_t n, double l1)
+static inline __attribute__((always_inline)) double piece_value_by_sign(
+    const float *w, uint32_t *signs, int64_t n, double l1, const int fetches)
 {
     double lane[LANES] = {0}, total = 0, squares = 0;
     int64_t i = 0;
@@ -77,7 +85,7 @@ static double piece_value_by_sign(const float *w, uint32_t *signs, int64_t n, do
         Bits positive = {0}, negative = {0}, bit = {0};
         bit += 1;
         for (int64_t k = i; k < i + NOTED; k += LANES) {
-            fetch(w + k, LANES * sizeof(float)); /* also keeps compilers from making two loops of this one */
+            fetch(w + k, LANES * sizeof(float), fetches); /* also keeps compilers from making two loops of this one */
             for (int j = 0; j < LANES; j++)
                 lane[j] += __builtin_fabs((double)w[k + j]);
             for (int j = 0; j < LANES; j += WORDS) {
@@ -126,10 +134,11 @@ static inline __attribute__((always_inline)) void blocks_by_sign(
 void value_float32_by_sign(const Table *table, int64_t from, int64_t to)
 {
     for (int64_t i = from; i < to; i++) {
-        const int64_t tensor = table->owner[i], start = table->start[i];
-        table->partials[i] = piece_value_by_sign(
-            (const float *)table->w[tensor] + start, table->signs + table->first[tensor] + start / NOTED * 2 * WORDS,
-            length_float32(table, i), table->l1[tensor]);
+        const int64_t tensor = table->owner[i], start = table->start[i], n = length_float32(table, i);
+        const float *w = (const float *)table->w[tensor] + start;
+        uint32_t *signs = table->signs + table->first[tensor] + start / NOTED * 2 * WORDS;
+        table->partials[i] = table->fetches == NEAR ? piece_value_by_sign(w, signs, n, table->l1[tensor], NEAR)
+                                                    : piece_value_by_sign(w, signs, n, table->l1[tensor], FAR);
     }
 }
 
@@ -161,8 +170,7 @@ static inline __attribute__((always_inline)) void NAME(sums)(
     double lane[LANES] = {0}, square[LANES] = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        if (fetches)
-            fetch(w + i, LANES * sizeof(T));
+        fetch(w + i, LANES * sizeof(T), fetches);
         for (int j = 0; j < LANES; j++) {
             const double x = w[i + j];
             if (absolute)
@@ -217,10 +225,9 @@ static inline __attribute__((always_inline)) void NAME(blocks)(
     T buffer[BLOCK] __attribute__((aligned(LINE)));
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
-        if (fetches)
-            fetch(w + i, BLOCK * sizeof(T));
-        if (fetches && sum != ALONE)
-            fetch((sum == BESIDE ? g : out) + i, BLOCK * sizeof(T));
+        fetch(w + i, BLOCK * sizeof(T), fetches);
+        if (sum != ALONE)
+            fetch((sum == BESIDE ? g : out) + i, BLOCK * sizeof(T), fetches);
         const T *gi = sum == BESIDE ? g + i : 0;
         if (sum != INTO && streams) {
             NAME(block)(buffer, w + i, gi, BLOCK, l1, doubled_l2, factor, absolute, squared, sum);
@@ -270,7 +277,7 @@ void NAME(value)(const Table *table, int64_t from, int64_t to)
         const int64_t tensor = table->owner[i];
         const T *w = (const T *)table->w[tensor] + table->start[i];
         table->partials[i] = NAME(piece_value)(
-            w, NAME(length)(table, i), table->l1[tensor], table->l2[tensor], table->fetches != 0);
+            w, NAME(length)(table, i), table->l1[tensor], table->l2[tensor], (int)table->fetches);
     }
 }
 
@@ -285,7 +292,7 @@ void NAME(gradient)(const Table *table, int64_t from, int64_t to)
         const int streams = table->streams && (intptr_t)out % 16 == 0;
         NAME(piece_gradient)(
             out, w, g, NAME(length)(table, i), (T)table->l1[tensor], (T)(2 * table->l2[tensor]), (T)table->factor,
-            streams, table->fetches != 0);
+            streams, (int)table->fetches);
     }
 }
 
