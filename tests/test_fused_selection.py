@@ -265,21 +265,28 @@ def test_copies_are_fused_and_independent(make):
 
 @needs_kernel
 @pytest.mark.parametrize("cls", [ProxSGD, ProxAdamW])
-@pytest.mark.parametrize("resized", ["parameter", "state"])
-def test_a_state_of_another_size_is_refused_and_changes_nothing(cls, resized):
+@pytest.mark.parametrize("resized", ["parameter", "gradient", "state", "state in place"])
+def test_what_is_of_another_size_than_its_parameter_is_refused_and_changes_nothing(cls, resized):
     params = weights(SMALL, 10 * SMALL)
     opt = cls(params, **({"momentum": 0.9} if cls is ProxSGD else {}), lr=0.1, penalty=L1(0.1), fused=True)
     for seed in range(2):
         set_gradients(opt, seed)
         opt.step()
+    key = "momentum_buffer" if cls is ProxSGD else "exp_avg_sq"
     if resized == "parameter":
         params[1].data, params[1].grad = torch.ones(11 * SMALL), None
-    else:
-        key = "momentum_buffer" if cls is ProxSGD else "exp_avg_sq"
+    elif resized == "state":
         opt.state[params[1]][key] = torch.ones(2 * SMALL)
+    elif resized == "state in place":
+        opt.state[params[1]][key].data = torch.ones(2 * SMALL)
     set_gradients(opt)
+    if resized == "gradient":
+        params[1].grad.data = torch.ones(2 * SMALL)
     before, state = snapshot(params), copy.deepcopy(opt.state_dict())
-    with pytest.raises(ValueError, match=r"The state of a parameter of shape \(1[01]00,\) has the shape \((1000|200),"):
+    what = "gradient" if resized == "gradient" else "state"
+    with pytest.raises(
+        ValueError, match=rf"The {what} of a parameter of shape \(1[01]00,\) has the shape \((1000|200),"
+    ):
         opt.step()
     assert identical(snapshot(params), before)
     torch.testing.assert_close(opt.state_dict()["state"], state["state"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from torchreg.kernels import native, triton_step
 from torchreg.kernels.changes import Changes
-from torchreg.kernels.plan import CHANGES, COUNTS, Part, Plan, identical
+from torchreg.kernels.plan import CHANGES, COUNTS, Part, Plan
 from torchreg.kernels.problem import Tensors, Update
 from torchreg.kernels.selection import Arrangement, Chosen, Wish
 
@@ -24,7 +25,7 @@ class FusedSteps:
         self._captured: list[Plan] = []
         self._left: dict[tuple[torch.device, torch.dtype], Changes] = {}
         self._arrangement: Arrangement | None = None
-        self._changed: list[Tensor] = []
+        self._sizes: list[list[int]] = []  # of the last step's gradients and buffers, which fitted their parameters
 
     def step(
         self,
@@ -54,12 +55,14 @@ class FusedSteps:
             for kind, chosen in arrangement.kinds.items()
         }
         those = [tensors for some in taken.values() for tensors, _ in some]
-        changed = [t for tensors in those for ts in (tensors.params, *tensors.buffers().values()) for t in ts]
-        if arrangement is not known or not identical(changed, self._changed):
+        entries = [own for tensors in those for own in (tensors.grads, *tensors.buffers().values())]
+        sizes = [list(map(Tensor.numel, own)) for own in entries]
+        if arrangement is not known or sizes != self._sizes:
             for tensors in those:
                 _check_sizes(tensors)
-        torch.autograd.graph.increment_version(changed)  # may raise
-        self._changed = changed
+        changed = [own for tensors in those for own in (tensors.params, *tensors.buffers().values())]
+        torch.autograd.graph.increment_version(list(itertools.chain.from_iterable(changed)))  # may raise
+        self._sizes = sizes
         for kind in set(self._plans) - set(taken):  # counts are of this step, but for changes, which add up
             self._left[kind] = self._plans[kind].leave()
             self._forget({kind})
@@ -89,7 +92,7 @@ class FusedSteps:
         """Forget the counts: the last step was not a fused one."""
         self._forget(set(self._plans))
         self._left.clear()
-        self._arrangement, self._changed = None, []
+        self._arrangement, self._sizes = None, []
 
     def _forget(self, kinds: set[tuple[torch.device, torch.dtype]]) -> None:
         """Leave plans; but those that captured graphs were told of are kept, since nobody tells when graphs go."""

@@ -172,7 +172,8 @@ class ProximalOptimizer(SettlingOptimizer):
             self._fused.clear()  # it counted before the weights were shrunk
         if apart:
             self._proximal_operators(apart)
-        self._take_row_steps(tables, grad_scale)
+        if tables:
+            self._take_row_steps(tables, grad_scale)
         for i in spread:
             torch.autograd.graph.increment_version(origins[i])
 

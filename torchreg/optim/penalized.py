@@ -105,12 +105,15 @@ class PenalizedOptimizer(Optimizer):
         Raises:
             TypeError: if one of the gradients is sparse.
         """
-        params, grads, dense = [], [], torch.strided
-        for position, p in enumerate(group["params"]):
-            grad = p.grad
+        params = list(group["params"])
+        found = [p.grad for p in params]
+        if not by_rows and {grad is not None and grad.layout for grad in found} == {torch.strided}:
+            return params, found
+        params, grads = [], []
+        for position, (p, grad) in enumerate(zip(group["params"], found, strict=True)):
             if grad is None or (by_rows and id(p) in by_rows):
                 continue
-            if grad.layout is not dense:
+            if grad.layout is not torch.strided:
                 if by_rows is not None and grad.layout is torch.sparse_coo:
                     continue
                 name = group["param_names"][position] if "param_names" in group else f"{position} of group {index}"
