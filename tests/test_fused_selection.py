@@ -293,6 +293,33 @@ def test_what_is_of_another_size_than_its_parameter_is_refused_and_changes_nothi
 
 
 @needs_kernel
+def test_a_state_on_another_device_is_refused_and_changes_nothing():
+    params = weights(SMALL, 10 * SMALL)
+    opt = ProxSGD(params, momentum=0.9, lr=0.1, penalty=L1(0.1), fused=True)
+    for seed in range(2):
+        set_gradients(opt, seed)
+        opt.step()
+    opt.state[params[1]]["momentum_buffer"] = torch.ones(10 * SMALL, device="meta")
+    before = snapshot(params)
+    with pytest.raises(ValueError, match="The state of a parameter on cpu is on meta: move one of them"):
+        opt.step()
+    assert identical(snapshot(params), before)
+
+
+@needs_kernel
+def test_gradients_that_come_to_lie_otherwise_between_steps_are_seen_to():
+    ends = []
+    for fused in (True, False):
+        opt = ProxSGD([p := nn.Parameter(torch.ones(30, 20))], momentum=0.9, lr=0.1, penalty=L1(0.1), fused=fused)
+        ends.append(p)
+        for step in range(6):
+            g = torch.arange(600.0).view(30, 20)
+            p.grad = g if step < 2 else g.view(20, 30).t() if step < 4 else torch._neg_view(g)
+            opt.step()
+    torch.testing.assert_close(*ends)
+
+
+@needs_kernel
 @pytest.mark.parametrize(("saved", "mine"), [(True, False), (False, True), (None, True), (True, None)])
 def test_a_checkpoint_brings_the_state_and_leaves_the_choice(saved, mine):
     source = stepped(weights(SMALL), penalty=L1(0.1), fused=saved)

@@ -12,8 +12,8 @@ from optimizer_cases import parameters
 from torch import Tensor, nn
 from triton_support import require_triton
 
-from torchreg import L1, L2, ElasticNet, Regularizer
-from torchreg.kernels import native_penalty, penalties, selection, toolchain, triton_penalty
+from torchreg import L1, L2, ElasticNet, Regularizer, kernels
+from torchreg.kernels import likeness, native_penalty, penalties, selection, toolchain, triton_penalty
 from torchreg.kernels.penalty_table import PenaltyTable
 from torchreg.penalties.tiles import is_dense
 
@@ -141,7 +141,7 @@ def test_the_gradient_is_the_penalties(form, dtype, penalty, factor, added):
 
 @every_dtype
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("streamed", [False, True], ids=["as in the cache of AMD", "streamed, as on Intel"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["cached, AMD's fetching", "streamed, Intel's"])
 def test_sizes_around_blocks_and_pieces_touch_nothing_else(form, dtype, shift, streamed, monkeypatch):
     """In memory full of NaN: what is read from it shows in a result, and what is written to it is missing."""
     needs_triton(form)
@@ -403,10 +403,24 @@ def test_anomaly_detection_sees_nan_in_gradients(spy):
     assert spy.taken() == (1, 1)
 
 
-def test_a_table_is_not_of_weights_that_have_shrunk_where_they_are():
-    w = torch.ones(LARGE, LARGE)
-    assert PenaltyTable.of([w], [(0.3, 0.0)]).is_of([w.detach()])
-    assert not PenaltyTable.of([w], [(0.3, 0.0)]).is_of([w[: LARGE // 2]])
+@pytest.mark.parametrize("asked", ["in C++", "one by one"])
+def test_a_sum_does_not_hold_for_weights_that_have_changed_where_they_are(asked, monkeypatch):
+    if asked == "one by one":
+        monkeypatch.setattr(likeness, "_guards", lambda tensors: None)
+    memory = torch.ones(LARGE, 2 * LARGE)
+    w = memory[: LARGE // 2].view(LARGE, LARGE)
+    known, l1 = penalties.PenaltySum([penalty := L1(0.3)], [w]), L1(0.3)
+    assert known.holds([penalty], [w.detach()])
+    assert not known.holds([l1], [w])
+    for other in (
+        w[: LARGE // 2],
+        w.t()[:, : LARGE // 2],
+        w.view(torch.int32),
+        torch._neg_view(w),
+        memory[:, ::2],
+        w.clone(),
+    ):
+        assert not known.holds([penalty], [other])
 
 
 @pytest.mark.parametrize("kind", ["other layout", "sparse", "needs a gradient", "data moved"])
@@ -456,6 +470,18 @@ def test_the_hook_on_a_large_model_is_one_pass_per_dtype(maximize, monkeypatch, 
     assert spy.taken() == (0, 2)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("form", ["native", "triton"])
+def test_one_pass_adds_gradients_of_which_one_is_laid_out_otherwise(form, monkeypatch):
+    needs_triton(form)
+    if form == "triton":
+        monkeypatch.setattr(native_penalty, "gradient", lambda table, *args: triton_penalty.gradient(table, args[0]))
+    weights = [torch.randn(LARGE, LARGE) for _ in range(3)]
+    grads = [torch.randn(LARGE, LARGE), torch.randn(LARGE, LARGE).t(), torch.randn(LARGE, 2 * LARGE)[:, ::2]]
+    sums = penalties.PenaltySum([L1(0.1)] * 3, weights).added(weights, grads, 0.5)
+    for total, w, g in zip(sums, weights, grads, strict=True):
+        torch.testing.assert_close(total, g + 0.05 * w.sign())
 
 
 def test_gradients_laid_out_otherwise_are_added_all_the_same(monkeypatch, spy):
@@ -584,6 +610,106 @@ def test_a_loss_term_follows_every_change_since_the_last(change, monkeypatch, sp
     assert spy.taken() == (2, 2)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("change", [_strength, _penalty, _data, _values, _parameter, _dtype, _size, _layout, _frozen])
+def test_the_hook_follows_every_change_since_the_last_step(change, monkeypatch, spy):
+    model = nn.ModuleDict({name: nn.Linear(LARGE, LARGE, bias=False) for name in ("single_", "other_")})
+    reg = Regularizer(model, L1(torch.tensor(0.3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg.attach(optimizer)
+
+    def step():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    change(model, reg)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def again():
+        for p, w in zip(model.parameters(), start, strict=True):
+            p.data.copy_(w)
+        step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    ours, theirs = both(monkeypatch, again)
+    assert spy.taken() == (0, 2)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_hook_looks_at_unchanged_param_groups_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(kernels, "PenaltySum", lambda *args: made.append(args) or penalties.PenaltySum(*args))
+    model = nn.ModuleDict({name: nn.Linear(LARGE, LARGE) for name in ("single_", "other_")})
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    Regularizer(model, L1(0.3)).attach(optimizer)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert len(made) == 2  # for the groups of weights: those of biases have no penalty
+
+
+def _reshaped(w):
+    w.data = torch.zeros(2 * LARGE, LARGE)
+
+
+def _widened(w):
+    w.data = w.data.double()
+
+
+@pytest.mark.parametrize("route", ["loss term", "hook"])
+@pytest.mark.parametrize("looked", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize("change", [_reshaped, _widened])
+def test_gradients_that_do_not_fit_their_weights_are_refused_as_they_are_without_kernels(
+    route, looked, change, monkeypatch
+):
+    def outcome():
+        model = nn.Linear(2 * LARGE, LARGE, bias=False)
+        w = model.weight
+        nn.init.ones_(w)
+        reg, optimizer = Regularizer(model, L1(0.3)), torch.optim.SGD(model.parameters(), lr=0.1)
+        if route == "hook":
+            reg.attach(optimizer)
+        call = optimizer.step if route == "hook" else lambda: reg().backward()
+        w.grad = torch.arange(2.0 * LARGE * LARGE).view(LARGE, 2 * LARGE)
+        if looked:
+            call()
+        change(w)
+        try:
+            call()
+        except RuntimeError as error:
+            return type(error), w.detach(), w.grad
+        return None, w.detach(), w.grad
+
+    (error, *ours), (theirs_error, *theirs) = both(monkeypatch, outcome)
+    assert error == theirs_error == (RuntimeError if change is _reshaped else error)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class _NoGradient(L1):
+    has_gradient = False
+
+
+def test_a_penalty_without_gradient_is_refused_also_after_its_value_was_asked_for():
+    reg = Regularizer(a_model(), _NoGradient(0.3))
+    with torch.no_grad():
+        reg()
+    with pytest.raises(ValueError, match="has no gradient"):
+        reg()
+
+
+def test_signs_are_noted_of_more_weights_than_two_mebibytes():
+    def room(count):
+        return native_penalty.room(PenaltyTable.of([torch.zeros(count)], [(0.3, 0.0)]))
+
+    assert room(1 << 19) is None
+    assert room((1 << 19) + 512).numel() * 16 == (1 << 19) + 512
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ class PenaltyHandle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._sums.clear()
         optimizer = self._optimizer()
         if optimizer is not None and self in _handles(optimizer):
             _attached[optimizer].remove(weakref.ref(self))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from torchreg.kernels import native, triton_step
 from torchreg.kernels.changes import Changes
+from torchreg.kernels.likeness import Likeness
 from torchreg.kernels.plan import CHANGES, COUNTS, Part, Plan
 from torchreg.kernels.problem import Tensors, Update
 from torchreg.kernels.selection import Arrangement, Chosen, Wish
@@ -25,7 +25,7 @@ class FusedSteps:
         self._captured: list[Plan] = []
         self._left: dict[tuple[torch.device, torch.dtype], Changes] = {}
         self._arrangement: Arrangement | None = None
-        self._sizes: list[list[int]] = []  # of the last step's gradients and buffers, which fitted their parameters
+        self._likeness = Likeness([])  # of the last step's gradients and buffers, which fitted their parameters
 
     def step(
         self,
@@ -43,7 +43,7 @@ class FusedSteps:
             found_inf: where it is 1 nothing changes; on GPUs only, where no host waits for it.
 
         Raises:
-            ValueError: if a gradient or buffer is of another size than its parameter; nothing is changed then.
+            ValueError: if a gradient or buffer is not of its parameter's size or device; nothing is changed then.
         """
         known = self._arrangement
         arrangement = known if known is not None and known.fits(parts, wishes) else Arrangement(parts, wishes)
@@ -55,14 +55,15 @@ class FusedSteps:
             for kind, chosen in arrangement.kinds.items()
         }
         those = [tensors for some in taken.values() for tensors, _ in some]
-        entries = [own for tensors in those for own in (tensors.grads, *tensors.buffers().values())]
-        sizes = [list(map(Tensor.numel, own)) for own in entries]
-        if arrangement is not known or sizes != self._sizes:
+        buffers = [entry for tensors in those for entries in tensors.buffers().values() for entry in entries]
+        beside = [*(grad for tensors in those for grad in tensors.grads), *buffers]
+        alike = arrangement is known and self._likeness.holds(beside)
+        if not alike:
             for tensors in those:
-                _check_sizes(tensors)
-        changed = [own for tensors in those for own in (tensors.params, *tensors.buffers().values())]
-        torch.autograd.graph.increment_version(list(itertools.chain.from_iterable(changed)))  # may raise
-        self._sizes = sizes
+                _check(tensors)
+        torch.autograd.graph.increment_version(
+            [*(p for tensors in those for p in tensors.params), *buffers]
+        )  # may raise
         for kind in set(self._plans) - set(taken):  # counts are of this step, but for changes, which add up
             self._left[kind] = self._plans[kind].leave()
             self._forget({kind})
@@ -76,7 +77,7 @@ class FusedSteps:
                 plan.changes = self._left.pop(kind, plan.changes)
             for tensors, _ in here:
                 tensors.advance()
-            plan.update(here, same)
+            plan.update(here, same, same and alike)
             if device.type == "cpu":
                 native.run(self._update.step.KERNEL, plan)
             else:
@@ -86,13 +87,15 @@ class FusedSteps:
                 for tensors, _ in here:
                     tensors.withdraw(found_inf)
         self._arrangement = arrangement
+        if not alike:
+            self._likeness = Likeness(beside)
         return arrangement.alone
 
     def clear(self) -> None:
         """Forget the counts: the last step was not a fused one."""
         self._forget(set(self._plans))
         self._left.clear()
-        self._arrangement, self._sizes = None, []
+        self._arrangement = None
 
     def _forget(self, kinds: set[tuple[torch.device, torch.dtype]]) -> None:
         """Leave plans; but those that captured graphs were told of are kept, since nobody tells when graphs go."""
@@ -140,15 +143,15 @@ def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
     return value if value is None else value.to(device, non_blocking=True)
 
 
-def _check_sizes(tensors: Tensors) -> None:
-    """Raise unless all that belongs to a parameter is of its size: a kernel sees addresses only."""
-    sizes = list(map(Tensor.numel, tensors.params))
+def _check(tensors: Tensors) -> None:
+    """Raise unless all that belongs to a parameter is of its size and on its device: a kernel sees addresses only."""
     for entries in (tensors.grads, *tensors.buffers().values()):
-        if not entries or list(map(Tensor.numel, entries)) == sizes:
-            continue
-        p, entry = next((p, e) for p, e in zip(tensors.params, entries, strict=True) if p.numel() != e.numel())
-        what = "gradient" if entries is tensors.grads else "state"
-        raise ValueError(
-            f"The {what} of a parameter of shape {tuple(p.shape)} has the shape {tuple(entry.shape)}: if the parameter "
-            "was resized, give the optimizer a new one, or resize its gradient and state too."
-        )
+        for p, entry in zip(tensors.params, entries, strict=bool(entries)):
+            what = "gradient" if entries is tensors.grads else "state"
+            if entry.numel() != p.numel():
+                raise ValueError(
+                    f"The {what} of a parameter of shape {tuple(p.shape)} has the shape {tuple(entry.shape)}: if the "
+                    "parameter was resized, give the optimizer a new one, or resize its gradient and state too."
+                )
+            if entry.device != p.device:
+                raise ValueError(f"The {what} of a parameter on {p.device} is on {entry.device}: move one of them.")

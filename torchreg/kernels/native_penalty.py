@@ -90,10 +90,10 @@ def _first(sizes: tuple[int, ...]) -> Any:
 
 @functools.cache
 def _fetches() -> tuple[int, int]:
-    """Which cache is asked ahead for the value's weights and the gradient's: as it was measured by processor.
+    """Which cache is asked for memory ahead of its use, by the value and by the gradient.
 
-    On one of AMD's of 2024 the second level takes the value a tenth longer than the first, and the gradient a quarter
-    longer than not to ask.
+    On an AMD processor of 2024, fetching into the second level makes the value a tenth slower than fetching into the
+    first, and any fetching makes the gradient a quarter slower.
     """
     return (_NEAR, _NEVER) if toolchain.is_amd() else (_FAR, _FAR)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.kernels import native_penalty, pages, selection, triton_penalty
+from torchreg.kernels.likeness import Likeness
 from torchreg.kernels.penalty_table import PenaltyTable
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import arithmetic, host_scalar
@@ -50,6 +51,8 @@ class PenaltySum:
             PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
             for chosen in self._fused.values()
         ]
+        self._likeness = Likeness(weights if self._fused else [])
+        self._grads = [Likeness([]) for _ in self._tables]  # of the gradients that each table's weights had
         self._room: list[Signs] = []
 
     def holds(self, penalties: Sequence[Penalty], weights: Sequence[Tensor]) -> bool:
@@ -60,7 +63,6 @@ class PenaltySum:
             and len(penalties) == len(self._penalties)
             and all(map(operator.is_, penalties, self._penalties))
             and _by_id(self._distinct) == self._numbers
-            and _are_contiguous(weights)
             and all(_has_kernel(*kind) for kind in self._fused)
             and self._is_of(weights)
         )
@@ -105,14 +107,13 @@ class PenaltySum:
                 pass over memory does so, the result is None.
             signs: what `value` has noted.
         """
-        if not self._still_holds(weights, factor):
-            return PenaltySum(self._penalties, weights).gradients(weights, factor, into)
+        fused = self._fused if self._still_holds(weights, factor) else {}
         results: list[Tensor | None] = [None] * len(weights)
-        for i in self._alone:
+        for i in self._alone if fused else range(len(weights)):
             results[i] = _gradient(self._penalties[i], weights[i], factor).to(weights[i].dtype)
-        for chosen, (table, noted) in zip(self._fused.values(), self._noted_in(signs), strict=True):
+        for k, (chosen, (table, noted)) in enumerate(zip(fused.values(), self._noted_in(signs), strict=bool(fused))):
             here = [weights[i] for i in chosen]
-            sums = _those_like([into[i] for i in chosen], here, table)
+            sums = self._those_like(k, [into[i] for i in chosen], here)
             outs = [t if t is not None else pages.advised(torch.empty_like(w)) for t, w in zip(sums, here, strict=True)]
             _write(table.writing(sums, outs), factor, noted)
             for i, t, out in zip(chosen, sums, outs, strict=True):
@@ -121,21 +122,27 @@ class PenaltySum:
             torch.autograd.graph.increment_version([t for t in sums if t is not None])
         return results
 
+    @torch.no_grad()
     def added(self, weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
         """``grad + factor·∇R(w)`` for every weight, as new tensors; half-precision ones are added in float32.
 
-        Nothing is recorded by autograd.
+        The weights must be those it was made with, or of which it ``holds``.
+
+        Raises:
+            RuntimeError: if a gradient is not of its weight's shape.
         """
-        if not self._still_holds(weights, factor):
-            return PenaltySum(self._penalties, weights).added(weights, grads, factor)
         results: dict[int, Tensor] = {}
         apart = list(self._alone)
-        for chosen, table in zip(self._fused.values(), self._tables, strict=True):
-            theirs = _those_like([grads[i] for i in chosen], [weights[i] for i in chosen], table)
-            outs = [pages.advised(torch.empty_like(weights[i])) for i in chosen]
-            _write(table.writing(theirs, outs), factor)
+        for k, (chosen, table) in enumerate(zip(self._fused.values(), self._tables, strict=True)):
+            here, theirs = [weights[i] for i in chosen], [grads[i] for i in chosen]
+            likes = self._those_like(k, theirs, here)
+            if any(t is None and _kind(g) != _kind(w) for t, g, w in zip(likes, theirs, here, strict=True)):
+                apart += chosen
+                continue
+            outs = [pages.advised(torch.empty_like(w)) for w in here]
+            ordered = [out.copy_(g) if t is None else t for t, g, out in zip(likes, theirs, outs, strict=True)]
+            _write(table.writing(ordered, outs), factor)
             results.update(zip(chosen, outs, strict=True))
-            apart += [i for i, t in zip(chosen, theirs, strict=True) if t is None]
         for i in apart:
             results[i] = _gradient(self._penalties[i], weights[i], factor).add_(grads[i]).to(grads[i].dtype)
         return [results[i] for i in range(len(weights))]
@@ -152,10 +159,25 @@ class PenaltySum:
         return self._is_of(weights)
 
     def _is_of(self, weights: Sequence[Tensor]) -> bool:
-        return all(
-            table.is_of([weights[i] for i in chosen])
-            for chosen, table in zip(self._fused.values(), self._tables, strict=True)
-        )
+        """Whether the weights that one pass takes lie where they were, and are what they were."""
+        alike = self._likeness.holds(weights)
+        for chosen, table in zip(self._fused.values(), self._tables, strict=True):
+            here = [weights[i] for i in chosen]
+            if not table.lies_at(here) or not (alike or (table.fits(here) and all(_are_plain(here)))):
+                return False
+        return True
+
+    def _those_like(self, k: int, grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients that lie in memory as the weights of a table do, where a kernel can read both; else None."""
+        given = [g for g in grads if g is not None]
+        if len(given) == len(weights) and all(map(Tensor.is_contiguous, weights)) and all(map(Tensor.data_ptr, given)):
+            if self._grads[k].holds(given):
+                return list(given)
+            if _are_contiguous(given) and self._tables[k].fits(given):
+                self._grads[k] = Likeness(given)
+                return list(given)
+        pairs = zip(grads, weights, strict=True)
+        return [g if g is not None and _is_plain(w) and _is_like(g, w) else None for g, w in pairs]
 
 
 def shrinkage(penalty: Penalty | None, step: float | Tensor) -> tuple[float, float] | None:
@@ -237,7 +259,7 @@ def _are_contiguous(tensors: Sequence[Tensor]) -> bool:
 
 
 def _is_plain(w: Tensor) -> bool:
-    """One of `_are_plain`; what is asked here, `_are_contiguous` asks too."""
+    """One of `_are_plain`, which asks the same of all together."""
     return (
         type(w) in _PLAIN
         and w.layout is torch.strided
@@ -247,27 +269,14 @@ def _is_plain(w: Tensor) -> bool:
     )
 
 
-def _those_like(grads: Sequence[Tensor | None], weights: Sequence[Tensor], table: PenaltyTable) -> list[Tensor | None]:
-    """The gradients that lie in memory as the weights of the table do, where a kernel can read both; else None."""
-    given = [g for g in grads if g is not None]
-    if (
-        len(given) == len(weights)
-        and _are_contiguous(given)
-        and table.fits(given)
-        and all(map(Tensor.data_ptr, given))
-        and all(map(Tensor.is_contiguous, weights))
-    ):
-        return list(given)
-    pairs = zip(grads, weights, strict=True)
-    return [g if g is not None and _is_plain(w) and _is_like(g, w) else None for g, w in pairs]
+def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return t.shape, t.dtype, t.device
 
 
 def _is_like(grad: Tensor, w: Tensor) -> bool:
     return (
         _is_plain(grad)
-        and grad.dtype == w.dtype
-        and grad.device == w.device
-        and grad.shape == w.shape
+        and _kind(grad) == _kind(w)
         and (grad.stride() == w.stride() or (grad.is_contiguous() and w.is_contiguous()))
     )
 
@@ -283,7 +292,7 @@ def _by_id(distinct: Sequence[Penalty]) -> dict[int, Numbers | None]:
 
 def _numbers(penalty: Penalty) -> Numbers | None:
     """The strengths of a penalty whose value and gradient are those of elastic net by plain numbers, else None."""
-    if not isinstance(penalty, _Shrinkage):
+    if not isinstance(penalty, _Shrinkage) or not penalty.has_gradient or penalty.is_joint:
         return None
     if type(penalty).value is not _Shrinkage.value or type(penalty).grad is not _Shrinkage.grad:
         return None  # a subclass's own

@@ -14,7 +14,9 @@
 enum {
     BLOCK = 256, /* elements */
     LANES = 32,
-    LINE = 64, /* bytes */
+    LINE = 64, /* bytes, as the next two */
+    NEAR_AHEAD = 8192,
+    FAR_AHEAD = 16384,
     WORDS = 16,
     NOTED = 32 * WORDS /* elements: pieces begin at a multiple of it */
 };
@@ -45,9 +47,9 @@ static inline void fetch(const void *address, int64_t bytes, int how)
         return;
     for (int64_t i = 0; i < bytes; i += LINE)
         if (how == NEAR)
-            __builtin_prefetch((const char *)address + 8192 + i, 0, 3);
+            __builtin_prefetch((const char *)address + NEAR_AHEAD + i, 0, 3);
         else
-            __builtin_prefetch((const char *)address + 16384 + i, 0, 2);
+            __builtin_prefetch((const char *)address + FAR_AHEAD + i, 0, 2);
 }
 
 /* Write around the cache, which spares reading what is overwritten. */
@@ -137,6 +139,7 @@ void value_float32_by_sign(const Table *table, int64_t from, int64_t to)
         const int64_t tensor = table->owner[i], start = table->start[i], n = length_float32(table, i);
         const float *w = (const float *)table->w[tensor] + start;
         uint32_t *signs = table->signs + table->first[tensor] + start / NOTED * 2 * WORDS;
+        /* Memory is always asked for here: see above. */
         table->partials[i] = table->fetches == NEAR ? piece_value_by_sign(w, signs, n, table->l1[tensor], NEAR)
                                                     : piece_value_by_sign(w, signs, n, table->l1[tensor], FAR);
     }

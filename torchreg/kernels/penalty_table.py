@@ -26,6 +26,7 @@ class PenaltyTable:
         table: int64, a row for each of `ROWS`, a column per tensor.
         strengths: float64, a row for each of `STRENGTHS`, a column per tensor.
         addresses: where every weight lies.
+        shapes: the shape of every tensor.
         sizes: the elements of every tensor.
     """
 
@@ -34,6 +35,7 @@ class PenaltyTable:
     table: Any
     strengths: Any
     addresses: tuple[int, ...]
+    shapes: list[torch.Size]
     sizes: tuple[int, ...]
 
     @classmethod
@@ -43,22 +45,19 @@ class PenaltyTable:
         table = np.zeros((len(ROWS), len(weights)), dtype=np.int64)
         table[ROWS.index("w")], table[ROWS.index("size")] = addresses, sizes
         numbers = np.array(strengths, dtype=np.float64).reshape(-1, len(STRENGTHS)).T.copy()
-        return cls(weights[0].device, weights[0].dtype, table, numbers, addresses, sizes)
+        shapes = [w.shape for w in weights]
+        return cls(weights[0].device, weights[0].dtype, table, numbers, addresses, shapes, sizes)
 
-    def is_of(self, weights: Sequence[Tensor]) -> bool:
-        """Whether it tells where these weights are, how large and of which type."""
-        return (
-            self.addresses == tuple(map(Tensor.data_ptr, weights))
-            and self.sizes == tuple(map(Tensor.numel, weights))
-            and {w.dtype for w in weights} == {self.dtype}
-        )
+    def lies_at(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these weights are where it says."""
+        return self.addresses == tuple(map(Tensor.data_ptr, weights))
 
-    def fits(self, others: Sequence[Tensor]) -> bool:
-        """Whether other tensors are as large as the weights, of their type and on their device."""
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors, weights or others, are of the weights' shapes and dtype and on their device."""
         return (
-            self.sizes == tuple(map(Tensor.numel, others))
-            and {t.dtype for t in others} == {self.dtype}
-            and {t.device for t in others} == {self.device}
+            self.shapes == [t.shape for t in tensors]
+            and {t.dtype for t in tensors} == {self.dtype}
+            and {t.device for t in tensors} == {self.device}
         )
 
     def writing(self, grads: Sequence[Tensor | None], outs: Sequence[Tensor]) -> PenaltyTable:

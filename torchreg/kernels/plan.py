@@ -78,18 +78,20 @@ class Plan:
         self.view: Any = None
         self._strengths: dict[tuple[int, str], tuple[Tensor, int | None, tuple[Any, Any], Tensor]] = {}
         self._contiguous = False
+        self._beside: set[int] = set()  # the param groups whose gradients and buffers were contiguous, too
         self._told: list[SGDStep | AdamStep | None] = []  # the step whose numbers are in each row of hypers
         self._filled: set[str] = set()  # columns that hold something only for this step
         self._owners: Tensor | None = None
         self._rooms: dict[tuple[int, str], Tensor] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, parts: Sequence[Part], same: bool = False) -> None:
+    def update(self, parts: Sequence[Part], same: bool = False, alike: bool = False) -> None:
         """Take over the tensors and hyperparameters of a step.
 
         Args:
             parts: the tensors of each param group that are of this plan's device and dtype.
             same: whether the parameters and their memory are those of the last update, which then must have succeeded.
+            alike: whether gradients and buffers are what those of the last update were, but for where they lie.
         """
         self._copies, self.traced, self.late = [], [], {}
         self.is_captured = graphs.is_captured()
@@ -98,12 +100,15 @@ class Plan:
         for name in self._filled:
             self.table[COLUMNS.index(name)] = 0
         quick, self._contiguous, self._filled = same and self._contiguous, True, set()
+        known, self._beside = self._beside if alike else set(), set()
         columns: dict[str, list[Any]] = {}
         start = 0
         for row, (tensors, step) in enumerate(parts):
             here = slice(start, start + len(tensors.params))
             table = self.table[:, here]
-            if not (quick and self._quick_addresses(table, tensors)):
+            if quick and self._quick_addresses(table, tensors, row in known):
+                self._beside.add(row)
+            else:
                 self._addresses(table, tensors)
             if self._told[row] is not step or self.is_captured:
                 self._hyperparameters(row, step)
@@ -167,8 +172,8 @@ class Plan:
         self.counts = torch.zeros(self.pieces.shape[1], len(COUNTS), dtype=torch.float64, device=self.device)
         self._owners = None
 
-    def _quick_addresses(self, table: Any, tensors: Tensors) -> bool:
-        """Only the gradients and buffers may have moved. Whether that is so, and all of them are contiguous."""
+    def _quick_addresses(self, table: Any, tensors: Tensors, contiguous: bool) -> bool:
+        """Only the gradients and buffers may have moved. Whether all of them are (known to be) contiguous."""
         together, rows = tensors.grads, {COLUMNS.index("g"): list(map(Tensor.data_ptr, tensors.grads))}
         for name, entries in tensors.buffers().items():
             row = COLUMNS.index(name)
@@ -176,13 +181,18 @@ class Plan:
             if addresses != table[row].tolist():
                 together = [*together, *entries]
                 rows[row] = addresses
-        if any(map(Tensor.is_neg, together)) or not all(map(Tensor.is_contiguous, together)):
-            return False
-        if {t.dtype for t in together} != {self.dtype}:
+        if not contiguous and not self._are_contiguous(together):
             return False
         for row, addresses in rows.items():
             table[row] = addresses
         return True
+
+    def _are_contiguous(self, tensors: list[Tensor]) -> bool:
+        return (
+            {t.dtype for t in tensors} == {self.dtype}
+            and all(map(Tensor.is_contiguous, tensors))
+            and not any(map(Tensor.is_neg, tensors))
+        )
 
     def _addresses(self, table: Any, tensors: Tensors) -> None:
         """Where the tensors are. What is not laid out like its parameter, or not dense, is worked on in a copy."""

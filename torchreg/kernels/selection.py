@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg.kernels import fused_form, native, triton_step
+from torchreg.kernels.likeness import Likeness
 from torchreg.kernels.plan import Part, identical
 from torchreg.kernels.problem import AdamStep, SGDStep
 from torchreg.penalties import Penalty
@@ -103,7 +104,8 @@ class Arrangement:
         self._wishes, self._steps = list(wishes), [step for _, step in parts]
         self._params = [tensors.params for tensors, _ in parts]
         self._fused = [tensors.params[i] for (tensors, _), chosen in zip(parts, positions, strict=True) for i in chosen]
-        self._memory = _memory(self._fused)
+        self._addresses = list(map(Tensor.data_ptr, self._fused))
+        self._likeness, self._forms = Likeness(self._fused), _forms(self._fused)
         self._shapes = _shapes(parts)
 
     def fits(self, parts: Sequence[Part], wishes: Sequence[Wish]) -> bool:
@@ -113,7 +115,8 @@ class Arrangement:
             and all(map(identical, self._params, (tensors.params for tensors, _ in parts)))
             and self._wishes == wishes
             and all(_are_alike(step, known) for (_, step), known in zip(parts, self._steps, strict=True))
-            and self._memory == _memory(self._fused)
+            and self._addresses == list(map(Tensor.data_ptr, self._fused))
+            and (self._likeness.holds(self._fused) or self._forms == _forms(self._fused))
             and self._shapes == _shapes(parts)
         )
 
@@ -133,10 +136,9 @@ def _shapes(parts: Sequence[Part]) -> list[Any]:
     return [(p.shape, p.stride()) for params in grouped for p in params]
 
 
-def _memory(params: list[Tensor]) -> tuple[list[Any], ...]:
-    """What tells that a parameter became another view, even of the same memory."""
+def _forms(params: list[Tensor]) -> tuple[list[Any], ...]:
+    """What tells that a parameter became another view of the same memory."""
     return (
-        list(map(Tensor.data_ptr, params)),
         list(map(Tensor.numel, params)),
         list(map(Tensor.is_contiguous, params)),
         [p.dtype for p in params],
