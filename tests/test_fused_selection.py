@@ -306,6 +306,64 @@ def test_a_state_on_another_device_is_refused_and_changes_nothing():
     assert identical(snapshot(params), before)
 
 
+def _transposed(t):
+    return t.t().contiguous().t()
+
+
+@needs_kernel
+@pytest.mark.parametrize("cls", [ProxSGD, ProxAdamW])
+def test_buffers_that_one_group_loses_as_another_gains_them_are_not_taken_for_each_other(cls):
+    name, on, off = ("momentum", 0.9, 0.0) if cls is ProxSGD else ("amsgrad", True, False)
+    key = "momentum_buffer" if cls is ProxSGD else "max_exp_avg_sq"
+    ends = []
+    for fused in (True, False):
+        params = [nn.Parameter(torch.ones(30, 30)) for _ in range(2)]
+        opt = cls([{"params": [p], name: on} for p in params], lr=0.1, penalty=L1(0.1), fused=fused)
+        for step in range(8):
+            for p in params:
+                p.grad = torch.arange(900.0).view(30, 30) * (1 + step)
+            opt.param_groups[0][name] = on if step < 1 or step > 4 else off
+            opt.param_groups[1][name] = on if step <= 4 else off
+            opt.step()
+            if step == 0:
+                for p in params:
+                    opt.state[p][key] = _transposed(opt.state[p][key])
+        ends.append([p.detach() for p in params])
+    torch.testing.assert_close(*ends)
+
+
+@needs_kernel
+def test_a_buffer_of_another_size_is_refused_where_another_group_just_lost_its_own():
+    params = weights(SMALL, 2 * SMALL)
+    groups = [{"params": [p], "momentum": momentum} for p, momentum in zip(params, (0.0, 0.9), strict=True)]
+    opt = ProxSGD(groups, lr=0.1, penalty=L1(0.1), fused=True)
+    for seed in range(3):
+        set_gradients(opt, seed)
+        opt.step()
+    opt.state[params[0]]["momentum_buffer"] = torch.zeros_like(params[1])
+    opt.param_groups[0]["momentum"], opt.param_groups[1]["momentum"] = 0.9, 0.0
+    with pytest.raises(ValueError, match="The state of a parameter"):
+        opt.step()
+
+
+@needs_kernel
+@pytest.mark.parametrize("turned", ["buffer", "parameter"])
+def test_what_comes_to_lie_otherwise_at_its_address_is_seen_to(turned):
+    ends = []
+    for fused in (None, False):
+        opt = ProxSGD([p := nn.Parameter(torch.ones(300, 300))], momentum=0.9, lr=0.1, penalty=L1(0.1), fused=fused)
+        for step in range(6):
+            assert fused is False or step == 0 or turned == "parameter" or opt.step_counts() is not None
+            p.grad = torch.arange(90000.0).view(300, 300) / 100
+            opt.step()
+            if step == 2 and turned == "buffer":
+                opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].t()
+            elif step == 2:
+                p.data = torch._neg_view(p.data)
+        ends.append(p.detach().clone())
+    torch.testing.assert_close(*ends)
+
+
 @needs_kernel
 def test_gradients_that_come_to_lie_otherwise_between_steps_are_seen_to():
     ends = []

@@ -25,7 +25,8 @@ class FusedSteps:
         self._captured: list[Plan] = []
         self._left: dict[tuple[torch.device, torch.dtype], Changes] = {}
         self._arrangement: Arrangement | None = None
-        self._likeness = Likeness([])  # of the last step's gradients and buffers, which fitted their parameters
+        self._likeness = Likeness([])  # of the last step's gradients and buffers, which fitted their parameters,
+        self._lengths: list[int] = []  # and how many buffers of each name each group had
 
     def step(
         self,
@@ -55,15 +56,15 @@ class FusedSteps:
             for kind, chosen in arrangement.kinds.items()
         }
         those = [tensors for some in taken.values() for tensors, _ in some]
-        buffers = [entry for tensors in those for entries in tensors.buffers().values() for entry in entries]
+        lists = [entries for tensors in those for entries in tensors.buffers().values()]
+        lengths, buffers = list(map(len, lists)), [entry for entries in lists for entry in entries]
         beside = [*(grad for tensors in those for grad in tensors.grads), *buffers]
-        alike = arrangement is known and self._likeness.holds(beside)
+        alike = arrangement is known and lengths == self._lengths and self._likeness.holds(beside)
         if not alike:
             for tensors in those:
                 _check(tensors)
-        torch.autograd.graph.increment_version(
-            [*(p for tensors in those for p in tensors.params), *buffers]
-        )  # may raise
+        changed = [*(p for tensors in those for p in tensors.params), *buffers]
+        torch.autograd.graph.increment_version(changed)  # may raise
         for kind in set(self._plans) - set(taken):  # counts are of this step, but for changes, which add up
             self._left[kind] = self._plans[kind].leave()
             self._forget({kind})
@@ -88,7 +89,7 @@ class FusedSteps:
                     tensors.withdraw(found_inf)
         self._arrangement = arrangement
         if not alike:
-            self._likeness = Likeness(beside)
+            self._likeness, self._lengths = Likeness(beside), lengths
         return arrangement.alone
 
     def clear(self) -> None:

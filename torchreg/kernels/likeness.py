@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Likeness:
-    """What tensors are but for where they lie: classes, dtypes, devices, layouts, sizes, strides and views' negations.
+    """What tensors are but for where they lie: classes, dtypes, devices, sizes, strides, negations, requires_grad.
 
     It is what torch's compiler asks of a graph's inputs before it is run: for 60 tensors that takes the time of one
-    question for each in Python. The tensors are not kept.
+    question for each in Python. The tensors are not kept. They must be strided: at others torch may end the process.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -21,7 +21,7 @@ class Likeness:
         self._guards = _guards(tensors)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are all that. False also where it can't be told: inside another autocast, or of one twice."""
+        """Whether these are all that. False also where it can't be told: in another dispatch mode, or of one twice."""
         return self._guards is not None and len(tensors) == self._count and self._guards.check(*tensors)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class PenaltySum:
             PenaltyTable.of([weights[i] for i in chosen], _strengths(numbers, chosen))
             for chosen in self._fused.values()
         ]
-        self._likeness = Likeness(weights if self._fused else [])
+        self._likeness = Likeness([weights[i] for chosen in self._fused.values() for i in chosen])
         self._grads = [Likeness([]) for _ in self._tables]  # of the gradients that each table's weights had
         self._room: list[Signs] = []
 
@@ -160,11 +160,14 @@ class PenaltySum:
 
     def _is_of(self, weights: Sequence[Tensor]) -> bool:
         """Whether the weights that one pass takes lie where they were, and are what they were."""
-        alike = self._likeness.holds(weights)
-        for chosen, table in zip(self._fused.values(), self._tables, strict=True):
-            here = [weights[i] for i in chosen]
+        parts = [[weights[i] for i in chosen] for chosen in self._fused.values()]
+        together = [w for here in parts for w in here]
+        alike = self._likeness.holds(together)
+        for here, table in zip(parts, self._tables, strict=True):
             if not table.lies_at(here) or not (alike or (table.fits(here) and all(_are_plain(here)))):
                 return False
+        if not alike:
+            self._likeness = Likeness(together)
         return True
 
     def _those_like(self, k: int, grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:

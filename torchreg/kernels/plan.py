@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -174,17 +175,12 @@ class Plan:
 
     def _quick_addresses(self, table: Any, tensors: Tensors, contiguous: bool) -> bool:
         """Only the gradients and buffers may have moved. Whether all of them are (known to be) contiguous."""
-        together, rows = tensors.grads, {COLUMNS.index("g"): list(map(Tensor.data_ptr, tensors.grads))}
-        for name, entries in tensors.buffers().items():
-            row = COLUMNS.index(name)
-            addresses = list(map(Tensor.data_ptr, entries)) or [0] * len(tensors.params)
-            if addresses != table[row].tolist():
-                together = [*together, *entries]
-                rows[row] = addresses
-        if not contiguous and not self._are_contiguous(together):
+        buffers = tensors.buffers()
+        if not contiguous and not self._are_contiguous([*tensors.grads, *itertools.chain(*buffers.values())]):
             return False
-        for row, addresses in rows.items():
-            table[row] = addresses
+        table[COLUMNS.index("g")] = list(map(Tensor.data_ptr, tensors.grads))
+        for name, entries in buffers.items():
+            table[COLUMNS.index(name)] = list(map(Tensor.data_ptr, entries)) or 0
         return True
 
     def _are_contiguous(self, tensors: list[Tensor]) -> bool:

@@ -116,9 +116,17 @@ class Arrangement:
             and self._wishes == wishes
             and all(_are_alike(step, known) for (_, step), known in zip(parts, self._steps, strict=True))
             and self._addresses == list(map(Tensor.data_ptr, self._fused))
-            and (self._likeness.holds(self._fused) or self._forms == _forms(self._fused))
             and self._shapes == _shapes(parts)
+            and self._are_as_they_were()
         )
+
+    def _are_as_they_were(self) -> bool:
+        if self._likeness.holds(self._fused):
+            return True
+        if self._forms != _forms(self._fused):
+            return False
+        self._likeness = Likeness(self._fused)
+        return True
 
 
 def _are_alike(a: SGDStep | AdamStep, b: SGDStep | AdamStep) -> bool:
@@ -141,6 +149,7 @@ def _forms(params: list[Tensor]) -> tuple[list[Any], ...]:
     return (
         list(map(Tensor.numel, params)),
         list(map(Tensor.is_contiguous, params)),
+        list(map(Tensor.is_neg, params)),
         [p.dtype for p in params],
     )
 
