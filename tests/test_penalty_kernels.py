@@ -692,6 +692,15 @@ def test_gradients_that_do_not_fit_their_weights_are_refused_as_they_are_without
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward. with create_graph")
+def test_a_recorded_factor_of_frozen_weights_gets_its_gradient():
+    w, factor = nn.Parameter(torch.ones(LARGE, LARGE)), torch.tensor(2.0, requires_grad=True)
+    loss = Regularizer(nn.ParameterList([w]), {"*": L1(0.5)})() * factor
+    w.requires_grad_(False)
+    loss.backward(create_graph=True)
+    assert factor.grad.item() == pytest.approx(0.5 * LARGE * LARGE)
+
+
 class _NoGradient(L1):
     has_gradient = False
 
