@@ -192,7 +192,7 @@ class PenaltyHandle:
 
     def _sum_of(self, number: int, penalties: list[Penalty], weights: list[Tensor]) -> kernels.PenaltySum:
         """The penalties of a param group: the last step's, where they are still that."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # one that is kept would make torch compile the step once more
             return kernels.PenaltySum(penalties, weights)
         known = self._sums.get(number)
         if known is None or not known.holds(penalties, weights):
